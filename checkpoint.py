@@ -1,0 +1,87 @@
+"""Reading checkpoints: Hugging Face style folders of safetensors, strictly, and without a second copy in memory."""
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+
+def read_json(path):
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no {path}: wanted a folder with config.json, tokenizer and safetensors weights") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ValueError(f"cannot read {path}: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: wanted a JSON object, found {type(value).__name__}")
+    return value
+
+
+def weight_files(path):
+    """Tensor name -> file, from the index of shards or the one file."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        names = read_json(index).get("weight_map", {})
+        return {name: path / file for name, file in names.items()}
+    return {name: path / "model.safetensors" for name in open_weights(path / "model.safetensors").keys()}
+
+
+def open_weights(file):
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"cannot read {file}: {e} (is it there, and whole?)") from None
+
+
+def read_tensors(file):
+    """Name -> tensor of one small safetensors file."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"cannot read {file}: {e} (is it there, and whole?)") from None
+
+
+def load_weights(model, path):
+    """Fills the model's parameters, strictly: every tensor there, no other, each of its shape."""
+    files = weight_files(path)
+    handles = {file: open_weights(file) for file in set(files.values())}
+    for name, file in files.items():
+        if name not in handles[file].keys():
+            raise ValueError(f"{file}: tensor {name} is missing, though model.safetensors.index.json puts it there")
+    shapes = {name: handles[file].get_slice(name).get_shape() for name, file in files.items()
+              if not name.endswith("rotary_emb.inv_freq")}  # old files keep this derived buffer
+    wanted = {("" if n.startswith("lm_head") else "model.") + n: p for n, p in model.named_parameters()}
+    if model.config.tie_word_embeddings and "lm_head.weight" in shapes:  # written out by some, though tied
+        a, b = (handles[files[n]].get_tensor(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
+        if not torch.equal(a, b):
+            raise ValueError(f"{path}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight")
+        del shapes["lm_head.weight"], a, b
+    check_tensors(shapes, {name: list(p.shape) for name, p in wanted.items()}, path)
+    del handles
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            # opened anew for each tensor: closing gives the mapped pages back, so that memory stays near 1x
+            parameter.copy_(open_weights(files[name]).get_tensor(name))
+
+
+def check_tensors(found, wanted, where):
+    """Raises one ValueError naming every tensor missing, extra or misshapen (name -> shape, as lists)."""
+    problems = [f"{n} is missing" for n in wanted if n not in found]
+    problems += [f"{n} is not part of this model" for n in found if n not in wanted]
+    problems += [f"{n} is {found[n]}, wanted {wanted[n]}" for n in wanted if n in found and found[n] != wanted[n]]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{where}: " + "; ".join(problems[:5]) + more)
+
+
+def weights_hash(path):
+    """SHA-256 over every tensor's name, dtype, shape and bytes: the same for one file and for shards."""
+    digest = hashlib.sha256()
+    for name, file in sorted(weight_files(Path(path)).items()):
+        tensor = open_weights(file).get_tensor(name)
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

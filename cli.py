@@ -1,0 +1,64 @@
+"""Command lines out of frozen dataclasses: a script's config is its flags. Shared by the scripts."""
+import argparse
+import dataclasses
+import sys
+
+
+def option(default, help):
+    """A dataclass field with its line for --help."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def parse(Config, argv, description=None):
+    """`Config` filled from `argv`: field `max_new_tokens: int = 256` is `--max-new-tokens N`, a bool also `--no-...`.
+
+    The annotation says how a value is read (int, float, str, bool; `str | None` reads as str). Raises one ValueError
+    that lists every problem: unknown flags, bad values, and whatever `Config.problems()` finds wrong between them.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, exit_on_error=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    fields = dataclasses.fields(Config)
+    for f in fields:
+        name, help = "--" + f.name.replace("_", "-"), f.metadata.get("help", "") + f" (default: {f.default})"
+        if f.type is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=help)
+        else:  # nargs="?" so that a missing value is our problem to report, together with the others
+            parser.add_argument(name, nargs="?", default=f.default, const=argparse.SUPPRESS,
+                                metavar=f.name.upper().split("_")[-1], help=help.replace("%", "%%"))
+    try:
+        given, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as e:
+        raise ValueError(str(e)) from None
+    problems = [f"unknown argument {u!r} (see --help)" for u in unknown]
+    values = vars(given)
+    for f in fields:
+        kind = next((k for k in (bool, int, float, str) if f.type in (k, k | None)), None)
+        assert kind, f"{Config.__name__}.{f.name}: {f.type} is no type for a flag"
+        name, value = "--" + f.name.replace("_", "-"), values[f.name]
+        if value is argparse.SUPPRESS or value == argparse.SUPPRESS:
+            problems.append(f"{name} needs a value")
+        elif isinstance(value, str):
+            try:
+                values[f.name] = kind(value)
+            except ValueError:
+                problems.append(f"{name} is {value!r}, wanted {'a whole number' if kind is int else 'a number'}")
+    if not problems:
+        problems = Config(**values).problems()
+    if problems:
+        raise ValueError("; ".join(problems))
+    return Config(**values)
+
+
+def run(main):
+    """Runs a script's main(): what a user can cause ends in one line and exit code 2, Ctrl-C in 130."""
+    try:
+        main()
+    except BrokenPipeError:  # the reader of our output has gone (`| head`): nothing to tell anybody
+        sys.stderr.close()
+        sys.exit(141)
+    except (ValueError, OSError) as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,432 @@
+"""A Llama in one file, with the red flag: extra vocabulary rows, and LoRA that can be switched off.
+
+    model = Llama.from_pretrained(path)      # config.json + safetensors, under Hugging Face's own names
+    model.load_flag("out")                   # a trained adapter: LoRA, flag rows, threshold
+    logits = model.logits(model(ids))        # (B, T, V + F)
+    with model.flag_off(): ...               # the original model, bit for bit: (B, T, V)
+
+Shapes: B rows, T new tokens, S cached tokens, C hidden, H query heads, K key/value heads, D head dim,
+V words of the checkpoint, F flags (n_flags). The flags' ids are V .. V+F-1.
+"""
+import contextlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from checkpoint import check_tensors, load_weights, read_json, read_tensors, weights_hash
+
+
+# ------------------------------------------------------------------------------------------------- config
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The fields of a Hugging Face config.json that change what is computed, under their own names."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: dict  # rope_type, rope_theta, and what the type needs
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+
+    @classmethod
+    def from_dict(cls, d, where="config.json"):
+        """The config of a Llama, Qwen2 or Mistral file. Raises one ValueError with all that is not supported."""
+        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        problems = [f"{name} is {d.get(name)!r}, wanted a whole number above 0" for name in needed
+                    if not isinstance(d.get(name), int) or d[name] < 1]
+        kind, act = d.get("model_type"), d.get("hidden_act", "silu")
+        if kind not in ("llama", "qwen2", "mistral"):
+            problems.append(f"model_type {kind!r} (supported: llama, qwen2, mistral)")
+        if act != "silu":
+            problems.append(f"hidden_act {act!r} (supported: silu)")
+        max_len = d.get("max_position_embeddings", 2048)
+        problems += sliding_window_problems(d, kind, max_len)
+        rope, rope_problems = read_rope(d)
+        problems += rope_problems
+        heads = d.get("num_attention_heads") or 1
+        kv_heads = d.get("num_key_value_heads") or heads
+        if not problems and heads % kv_heads:
+            problems.append(f"{heads} attention heads are no multiple of {kv_heads} key/value heads")
+        if problems:
+            raise ValueError(f"{where}: " + "; ".join(problems))
+        attention_bias = bool(d.get("attention_bias", False)) and kind == "llama"
+        return cls(*(d[name] for name in needed), num_key_value_heads=kv_heads,
+                   head_dim=d.get("head_dim") or d["hidden_size"] // heads, max_position_embeddings=max_len,
+                   rms_norm_eps=d.get("rms_norm_eps", 1e-6), rope=rope,
+                   tie_word_embeddings=d.get("tie_word_embeddings", False),
+                   qkv_bias=attention_bias or kind == "qwen2", o_bias=attention_bias,
+                   mlp_bias=bool(d.get("mlp_bias", False)) and kind == "llama")
+
+
+def sliding_window_problems(d, kind, max_len):
+    """A window as long as the context, or one that is switched off (Qwen2), never bites and is let through."""
+    window = d.get("sliding_window", 4096 if kind == "mistral" else None)  # 4096: transformers' default for Mistral
+    if kind == "qwen2" and not d.get("use_sliding_window", False):
+        window = None
+    if kind == "llama" or window is None or window >= max_len:
+        return []
+    return [f"an active sliding window of {window} tokens (supported: full attention only)"]
+
+
+def read_rope(d):
+    """(rope settings, problems): `rope_parameters` is transformers 5's spelling, `rope_theta` + `rope_scaling` 4's."""
+    rope = dict(d.get("rope_parameters") or d.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", d.get("rope_theta", 10000.0))
+    rope["rope_type"] = kind = rope.get("rope_type") or rope.get("type") or "default"
+    needed = {"default": (), "linear": ("factor",), "llama3": (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    if kind not in needed:
+        return rope, [f"RoPE type {kind!r} (supported: {', '.join(needed)})"]
+    problems = [f"RoPE type {kind} without {name}" for name in needed[kind] if name not in rope]
+    if rope.get("partial_rotary_factor", d.get("partial_rotary_factor", 1.0)) != 1.0:
+        problems.append("partial_rotary_factor other than 1")
+    return rope, problems
+
+
+def inverse_frequencies(config):
+    """Radians a position for each of the D/2 rotary pairs, fp32. llama3 scaling: long waves are stretched by
+    `factor`, short ones kept, and those between are blended (Llama 3.1's model card and reference code)."""
+    rope, D = config.rope, config.head_dim
+    inv_freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, D, 2, dtype=torch.float32) / D)
+    if rope["rope_type"] == "linear":
+        return inv_freq / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        waves = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)  # waves in the old context
+        keep = ((waves - low) / (high - low)).clamp(0, 1)
+        return keep * inv_freq + (1 - keep) * inv_freq / rope["factor"]
+    return inv_freq
+
+
+# ------------------------------------------------------------------------------------------------- layers
+
+class Linear(nn.Linear):
+    """nn.Linear that may carry LoRA (arXiv 2106.09685): y = W x + (alpha / rank) B A x. The base weight keeps its
+    name, so checkpoints load as they are; A and B are fp32 whatever W is, because AdamW's steps vanish in bf16."""
+    lora_on = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lora_A = self.lora_B = None
+
+    def add_lora(self, rank, alpha, generator=None):
+        bound = 1 / math.sqrt(self.in_features)  # what kaiming_uniform_(a=sqrt(5)) gives, as in the LoRA code
+        A = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(A.to(self.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=self.weight.device))  # identity at start
+        self.lora_scale, self.lora_on = alpha / rank, True
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if self.lora_on:
+            y = y + F.linear(F.linear(x, self.lora_A.to(x.dtype)), (self.lora_scale * self.lora_B).to(x.dtype))
+        return y
+
+    @torch.no_grad()
+    def merge(self):
+        """Folds LoRA into the weight, in fp32: W + scale B A is rounded once."""
+        self.weight.copy_(self.weight.float() + self.lora_scale * self.lora_B @ self.lora_A)
+        self.lora_A = self.lora_B = None
+        self.lora_on = False
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+
+def rotate(x, cos, sin):
+    """RoPE with the two halves of a head as pairs (Hugging Face's row order; Meta's own files interleave them)."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+
+    def forward(self, x, cos, sin, mask, cache, layer):
+        B, T, _ = x.shape
+        heads = lambda y: y.view(B, T, -1, self.head_dim).transpose(1, 2)
+        q = rotate(heads(self.q_proj(x)), cos, sin)                                 # (B, H, T, D)
+        k, v = rotate(heads(self.k_proj(x)), cos, sin), heads(self.v_proj(x))       # (B, K, T, D)
+        if cache is not None:
+            k, v = cache.write(layer, k, v)                                         # (B, K, S+T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                     # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm, self.self_attn = RMSNorm(c.hidden_size, c.rms_norm_eps), Attention(c)
+        self.post_attention_layernorm, self.mlp = RMSNorm(c.hidden_size, c.rms_norm_eps), MLP(c)
+
+    def forward(self, x, *attention_args):
+        x = x + self.self_attn(self.input_layernorm(x), *attention_args)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Cache:
+    """Keys and values of the tokens read so far, preallocated; each row has its own length.
+
+    A batch of ragged prompts is padded on the *right*, and cropped to its true lengths afterwards: what the padding
+    wrote lies beyond a row's length, is never looked at, and is overwritten as the row goes on.
+    """
+
+    def __init__(self, model, n_rows, max_len):
+        c, like = model.config, model.embed_tokens.weight
+        shape = (c.num_hidden_layers, n_rows, c.num_key_value_heads, max_len, c.head_dim)
+        self.k, self.v = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in "kv")
+        self.max_len = max_len
+        self.crop([0] * n_rows)
+
+    def crop(self, lengths):
+        """Forget all but the first lengths[b] tokens of each row (a list of ints)."""
+        self.lengths = torch.tensor(lengths, device=self.k.device)                  # (B,)
+        self.longest = max(lengths)  # the host's own copy: slicing by it needs no sync
+
+    def keep(self, rows):
+        """Drop all rows but these (a list of ints)."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.crop(self.lengths[rows].tolist())
+
+    def positions(self, n_new):
+        if self.longest + n_new > self.max_len:
+            raise ValueError(f"the cache holds {self.max_len} tokens; {self.longest} are in it and {n_new} more came")
+        return self.lengths[:, None] + torch.arange(n_new, device=self.k.device)    # (B, T)
+
+    def write(self, layer, k, v):
+        T = k.shape[2]
+        rows, where = torch.arange(len(k), device=k.device)[:, None], self.positions(T)
+        self.k[layer][rows, :, where] = k.transpose(1, 2)
+        self.v[layer][rows, :, where] = v.transpose(1, 2)
+        return self.k[layer, :, :, :self.longest + T], self.v[layer, :, :, :self.longest + T]
+
+    def advance(self, n_new):
+        self.lengths, self.longest = self.lengths + n_new, self.longest + n_new
+
+
+# ------------------------------------------------------------------------------------------------- the model
+
+class Llama(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        if not c.tie_word_embeddings:
+            self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.register_buffer("inv_freq", inverse_frequencies(c), persistent=False)
+        self.flag_embed = self.flag_unembed = None  # parameters, once add_flag has made them
+        self.n_flags, self.flag_on, self.merged = 0, False, False
+        self.threshold, self.path = None, None
+
+    @classmethod
+    def from_pretrained(cls, path, dtype="auto", device="auto"):
+        """The original model of a folder with config.json and model.safetensors (or shards and their index).
+
+        dtype "auto" is bf16 where the machine multiplies in it, else fp32; device "auto" is cuda, mps or cpu.
+        Raises ValueError for anything missing, extra, misshapen or not supported. Peak memory: the weights and one
+        tensor more.
+        """
+        path = Path(path)
+        device = pick_device() if device == "auto" else torch.device(device)
+        dtype = pick_dtype(device) if dtype == "auto" else dtype
+        config = LlamaConfig.from_dict(read_json(path / "config.json"), path / "config.json")
+        with torch.device("meta"):
+            model = cls(config).to(dtype)
+        model.to_empty(device=device).requires_grad_(False)
+        model.inv_freq = inverse_frequencies(config).to(device)
+        model.path = path
+        load_weights(model, path)
+        return model.eval()
+
+    def forward(self, ids, cache=None):
+        """Final hidden states (B, T, C) of ids (B, T); with a cache, ids continue what it holds."""
+        n_new, device = ids.shape[1], ids.device
+        positions = torch.arange(n_new, device=device)[None] if cache is None else cache.positions(n_new)
+        angles = (positions[..., None].float() * self.inv_freq)[:, None].repeat(1, 1, 1, 2)  # (B, 1, T, D)
+        x = self.embed(ids)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        mask = None  # a fresh sequence is plainly causal
+        if cache is not None and cache.longest:
+            mask = torch.arange(cache.longest + n_new, device=device) <= positions[:, None, :, None]  # (B, 1, T, S+T)
+        for i, block in enumerate(self.layers):
+            x = block(x, cos, sin, mask, cache, i)
+        if cache is not None:
+            cache.advance(n_new)
+        return self.norm(x)
+
+    def embed(self, ids):
+        words = self.embed_tokens.weight
+        if not (self.flag_on and self.n_flags):
+            return F.embedding(ids, words)
+        V = self.config.vocab_size
+        flags = F.embedding((ids - V).clamp(min=0), self.flag_embed).to(words.dtype)
+        return torch.where((ids >= V)[..., None], flags, F.embedding(ids.clamp(max=V - 1), words))
+
+    def split_logits(self, hidden):
+        """Logits of the words (..., V) and of the flags (..., F or 0), fp32, of hidden states (..., C)."""
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        words = F.linear(hidden, head.weight).float()
+        if not (self.flag_on and self.n_flags):
+            return words, words[..., :0]
+        return words, F.linear(hidden.float(), self.flag_unembed)  # bf16 would cut the score to two digits
+
+    def logits(self, hidden):
+        """(..., V + F) of hidden states (..., C), fp32; (..., V) with the flag off. A call of its own, so that the
+        head, a fifth of a small model's work, is paid only at positions that need it."""
+        return torch.cat(self.split_logits(hidden), dim=-1)
+
+    # --------------------------------------------------------------------------------------------- the flag
+
+    def add_flag(self, n_flags=1, rank=16, alpha=32, seed=0):
+        """Grows the vocabulary by n_flags rows and every linear layer of the blocks by LoRA; only these train.
+
+        The new rows are parameters of their own, so the old ones stay as they are, tied or not. Until training
+        chooses a start from data (train.py), unembedding rows are 0: f is about exp(-25), and no word moves.
+        Rank 0: no LoRA, and only the unembedding rows train (a linear probe on the last hidden state).
+        """
+        if self.merged:
+            raise ValueError("this model has an adapter merged into its weights: load it afresh to add another")
+        assert n_flags >= 1 and rank >= 0
+        words = self.embed_tokens.weight
+        self.n_flags, self.flag_on = n_flags, True
+        start = words.float().mean(0).repeat(n_flags, 1)
+        self.flag_embed = nn.Parameter(start, requires_grad=rank > 0)               # (F, C)
+        self.flag_unembed = nn.Parameter(torch.zeros_like(start))                   # (F, C)
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self.block_linears():
+            if rank:
+                layer.add_lora(rank, alpha, generator)
+            else:
+                layer.lora_A = layer.lora_B = None
+                layer.lora_on = False
+
+    def block_linears(self):
+        return [m for m in self.modules() if isinstance(m, Linear)]
+
+    def flag_parameters(self):
+        """Name -> parameter, of the adapter alone: LoRA and flag rows."""
+        return {n: p for n, p in self.named_parameters() if n.startswith("flag_") or "lora_" in n}
+
+    @contextlib.contextmanager
+    def flag_off(self):
+        """Within it the model is the original one: no adapter, no flag rows, logits bit-identical."""
+        if self.merged:
+            raise ValueError("the adapter is merged into the weights: the original model is gone, load it afresh")
+        layers = [m for m in self.block_linears() if m.lora_on]
+        before, self.flag_on = self.flag_on, False
+        for m in layers:
+            m.lora_on = False
+        try:
+            yield self
+        finally:
+            self.flag_on = before
+            for m in layers:
+                m.lora_on = True
+
+    def merge_flag(self):
+        """Folds LoRA into the weights, for export; the flag rows stay. There is no way back to the original."""
+        for layer in self.block_linears():
+            if layer.lora_on:
+                layer.merge()
+                self.merged = True
+
+    def save_flag(self, folder, **info):
+        """Writes flag.safetensors (LoRA and flag rows) and flag.json: `info`, threshold, base weights' hash."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        rank = len(self.layers[0].self_attn.q_proj.lora_A) if self.layers[0].self_attn.q_proj.lora_on else 0
+        scale = self.layers[0].self_attn.q_proj.lora_scale if rank else 0.0
+        info = {"n_flags": self.n_flags, "rank": rank, "alpha": scale * rank, "threshold": self.threshold,
+                "base_sha256": weights_hash(self.path)} | info
+        tensors = {n: p.detach().cpu().contiguous() for n, p in self.flag_parameters().items()}
+        save_file(tensors, folder / "flag.safetensors.tmp")
+        (folder / "flag.json.tmp").write_text(json.dumps(info, indent=1), encoding="utf-8")
+        for name in ("flag.safetensors", "flag.json"):
+            os.replace(folder / f"{name}.tmp", folder / name)
+
+    def load_flag(self, folder, force=False):
+        """Adds the adapter that training saved in `folder`, sets self.threshold, and returns flag.json's content.
+
+        Raises ValueError where it is missing, damaged, or was trained on other base weights (unless `force`).
+        """
+        folder = Path(folder)
+        if not (folder / "flag.json").is_file():
+            raise ValueError(f"no adapter in {folder}: flag.json is missing; train one first (python train.py --init "
+                             "llama) or name its folder")
+        info = read_json(folder / "flag.json")
+        missing = [k for k in ("n_flags", "rank", "alpha", "threshold", "base_sha256") if k not in info]
+        if missing:
+            raise ValueError(f"{folder / 'flag.json'} lacks {', '.join(missing)}")
+        seen = weights_hash(self.path)
+        if seen != info["base_sha256"] and not force:
+            raise ValueError(f"the adapter in {folder} was trained on other base weights (SHA-256 "
+                             f"{info['base_sha256'][:12]}..., these have {seen[:12]}...): name the folder of those "
+                             "weights, or pass --force / force=True")
+        tensors = read_tensors(folder / "flag.safetensors")
+        self.add_flag(info["n_flags"], info["rank"], info["alpha"])
+        wanted = self.flag_parameters()
+        check_tensors({n: list(t.shape) for n, t in tensors.items()}, {n: list(p.shape) for n, p in wanted.items()},
+                      folder / "flag.safetensors")
+        with torch.no_grad():
+            for name, parameter in wanted.items():
+                parameter.copy_(tensors[name])
+        self.threshold = info["threshold"]
+        return info
+
+
+# ------------------------------------------------------------------------------------------------- machine
+
+def pick_device():
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(device):
+    """bf16 where the machine multiplies in it, else fp32 (bf16 emulated on a CPU is slower than fp32)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    cpu = torch.cpu.get_capabilities()
+    return torch.bfloat16 if device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16")) else torch.float32
