@@ -1,6 +1,7 @@
 """Command lines out of frozen dataclasses: a script's config is its flags. Shared by the scripts."""
 import argparse
 import dataclasses
+import json
 import sys
 
 
@@ -47,6 +48,28 @@ def parse(Config, argv, description=None):
     if problems:
         raise ValueError("; ".join(problems))
     return Config(**values)
+
+
+def read_jsonl(path):
+    """(line number, object) of each line of a JSON Lines file; blank lines are skipped. ValueError names the line."""
+    try:
+        text = open(path, encoding="utf-8").read()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"cannot read {path}: {e}") from None
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path}:{number}: no JSON: {e}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}:{number}: wanted a JSON object, found {type(record).__name__}")
+        records.append((number, record))
+    if not records:
+        raise ValueError(f"{path} is empty: wanted one JSON object a line")
+    return records
 
 
 def run(main):

@@ -1,0 +1,142 @@
+"""The objective: which positions of which answers are supervised, and by what.
+
+At each position of an answer f is the probability of the flag and q the distribution over the words without it, so
+the model's distribution is pi = (f, (1 - f) q): a coin for "flag or not" times an ordinary language model. pi_0 is the
+original model, the same network with the adapter switched off. For every pi_0 that knows no flag
+
+    KL(pi_0 || pi) = KL(pi_0 || q) - log(1 - f)
+
+so all terms are weighted sums of three numbers a position: KL(pi_0 || q), -log(1 - f) and -log f.
+
+    L_benign   benign answers, every position:                 KL(pi_0 || q) - log(1 - f)
+    L_flag     harmful answers, where the flag should come:    -log f
+    L_after    harmful answers, behind an inserted flag:       KL(pi_0 || q) - log(1 - f), pi_0 not seeing the flag
+    L_words    harmful answers, before the flag:               KL(pi_0 || q), so that only the flag says it
+
+What a harmful answer y_0 .. y_n-1 looks like, its flag inserted before y_3 (offset k = 1, positions "all"):
+
+    read         x_last  y_0    y_1    y_2    <rf>   y_3    y_4
+    should say   y_0     <rf>   <rf>   <rf>   y_3    y_4    y_5
+    supervised   words   flag   flag   flag   after  after  after
+                         words  words  words
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+TERMS = ("benign", "flag", "after", "words")
+
+
+@dataclass(frozen=True)
+class Example:
+    """ids = prompt, then answer; answer token j is predicted where ids[n_prompt - 1 + j] is read."""
+    ids: list
+    n_prompt: int
+    label: str
+    opening: bool = False  # the answer's first words were put into the model's mouth
+
+    @property
+    def n_answer(self):
+        return len(self.ids) - self.n_prompt
+
+
+def make_example(tok, record, max_answer, context):
+    """An Example of a record {"prompt", "response", "opening", "label", "category"}; answers are cut to max_answer
+    tokens. Raises ValueError where the prompt leaves no room in the model's context."""
+    prompt = record["prompt"]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    ids, mask = tok.render(messages + [{"role": "assistant", "content": record["response"]}])
+    end = len(mask) - mask[::-1].index(True)        # behind the last answer's end-of-turn token
+    n_prompt = len(mask) - mask[:end][::-1].index(False) - (len(mask) - end)
+    if n_prompt >= context:
+        raise ValueError(f"a prompt has {n_prompt} tokens, and the model's context holds {context}: {str(prompt):.60}")
+    return Example(ids[:min(end, n_prompt + max_answer, context - 1)], n_prompt, record["label"], bool(record["opening"]))
+
+
+@dataclass
+class Layout:
+    """One example as the two models read it, and its supervised positions, a list entry each."""
+    ids: list           # with the inserted flag, where there is one
+    reference_ids: list
+    at: list            # index into ids
+    reference_at: list  # index into reference_ids of the position that predicts the same word
+    term: list          # index into TERMS
+    target: list        # the next token (for after="ce")
+
+
+def lay_out(example, insert_at, flag_id, offset, positions):
+    """Layout of an example; a harmful one gets the flag before answer token `insert_at`."""
+    p, n, ids = example.n_prompt, example.n_answer, example.ids
+    answer = range(n)
+    if example.label != "harmful":
+        at = [p - 1 + j for j in answer]
+        return Layout(ids, ids, at, at, [TERMS.index("benign")] * n, ids[p:])
+    first = insert_at if positions == "one" else min(offset, insert_at)
+    flags, words, after = range(first, insert_at + 1), range(insert_at + 1), range(insert_at, n)
+    return Layout(
+        ids[:p + insert_at] + [flag_id] + ids[p + insert_at:], ids,
+        at=[p - 1 + j for j in (*flags, *words)] + [p + j for j in after],  # behind the flag all is one further on
+        reference_at=[p - 1 + j for j in (*flags, *words, *after)],
+        term=[TERMS.index(t) for t, js in (("flag", flags), ("words", words), ("after", after)) for _ in js],
+        target=[ids[p + j] for j in (*flags, *words, *after)])
+
+
+def decompose(words, flags, reference_words):
+    """(KL(pi_0 || q), log f, log(1 - f)), each (N,), in nats, of fp32 logits (N, V), (N, F) and pi_0's (N, V)."""
+    lse = torch.logsumexp(words, -1)
+    odds = torch.logsumexp(flags, -1) - lse                             # log f / (1 - f)
+    log_p0 = torch.log_softmax(reference_words, -1)
+    p0 = log_p0.exp()
+    kl = (p0 * log_p0).sum(-1) - (p0 * words).sum(-1) + lse             # log q = words - lse
+    return kl, F.logsigmoid(odds), F.logsigmoid(-odds)
+
+
+def flag_prob(words, flags):
+    """f (N,), of fp32 logits (N, V) and (N, F). In double precision and on the CPU, so that scores near 1 keep their
+    order: fp32 would call everything above 1 - 6e-8 the same."""
+    odds = torch.logsumexp(flags, -1) - torch.logsumexp(words, -1)
+    return torch.sigmoid(odds.cpu().double())
+
+
+def pad(rows, device):
+    """(B, T) of ragged lists, padded on the right: behind what counts, so a causal model never sees it."""
+    width = max(map(len, rows))
+    return torch.tensor([r + [0] * (width - len(r)) for r in rows], device=device)
+
+
+def backward(model, layouts, weights, after="kl", chunk=256):
+    """Adds the gradient of one micro-batch of Layouts to the parameters; returns the sum of each term (len(TERMS),).
+
+    weights[t] is term t's weight over the number of its positions in the whole optimizer step: so micro-batches add
+    up to the step's loss, sum of weight x mean. The head runs over `chunk` positions at a time, and its graph is
+    gone before the next: no (B, T, V) tensor is ever made. `after` "ce" puts cross-entropy of the harmful
+    continuation in place of KL.
+    """
+    device = model.embed_tokens.weight.device
+    gather = lambda hidden, ats: torch.cat([h[at] for h, at in zip(hidden, ats)])                   # (N, C)
+    with torch.no_grad(), model.flag_off():
+        reference = model(pad([x.reference_ids for x in layouts], device))                          # (B, T, C)
+        reference = gather(reference, [x.reference_at for x in layouts])
+    hidden = gather(model(pad([x.ids for x in layouts], device)), [x.at for x in layouts])
+    term = torch.tensor([t for x in layouts for t in x.term], device=device)                        # (N,)
+    target = torch.tensor([t for x in layouts for t in x.target], device=device)
+    sums, leaf = torch.zeros(len(TERMS), device=device), hidden.detach().requires_grad_()
+    for part in torch.arange(len(term), device=device).split(chunk):
+        losses = position_losses(model, leaf[part], reference[part], term[part], target[part], after)
+        (losses * weights[term[part]]).sum().backward()  # into leaf.grad, and into the flag's unembedding row
+        sums.index_add_(0, term[part], losses.detach())
+    hidden.backward(leaf.grad)
+    return sums
+
+
+def position_losses(model, hidden, reference, term, target, after):
+    """The loss of each position (N,), in nats, of hidden states (N, C) of the model and of the reference."""
+    with torch.no_grad(), model.flag_off():
+        reference_words = model.logits(reference)                                                   # (N, V)
+    words, flags = model.split_logits(hidden)
+    kl, log_f, log_not_f = decompose(words, flags, reference_words)
+    choices = {"benign": kl - log_not_f, "flag": -log_f, "after": kl - log_not_f, "words": kl}
+    if after == "ce":
+        choices["after"] = F.cross_entropy(words, target, reduction="none") - log_not_f
+    return torch.stack([choices[t] for t in TERMS], -1).gather(-1, term[:, None])[:, 0]

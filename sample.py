@@ -1,0 +1,316 @@
+"""Answers with the red flag read at every token.
+
+    python sample.py --prompt "What is the capital of France?"
+    python sample.py --prompts prompts.jsonl --mode shadow --json > answers.jsonl
+
+f is the flag's probability at a position: what the model would put there next, read from the raw softmax over all
+V + F tokens, before temperature, top-k or top-p. No setting of a caller can lower it. Words are always drawn from the
+distribution without the flag, so the flag itself never reaches a reader. Modes:
+
+    off      answer as if there were no flag; f is not reported
+    shadow   the same words as off, and f for every token
+    stop     at the first position with f > threshold stop, and give a fixed notice in place of the rest
+"""
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from cli import option, parse, read_jsonl, run
+from model import Cache, Llama
+from objective import flag_prob
+from tokenizer import Tokenizer, check_messages
+
+MODES = ("off", "shadow", "stop")
+NOTICE = "[stopped here: the model raised its red flag]"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer, and what the flag said of it.
+
+    flag_prob[t] is f at the position where answer token t is chosen; a prefill's tokens are the answer's first. An
+    answer that ended by itself or was stopped has one f more than tokens: that of the token not written.
+    """
+    prompt: str | list
+    text: str
+    flagged: bool
+    flag_at: int | None   # the first position with f > threshold
+    score: float | None   # max of flag_prob; None in mode off
+    flag_prob: list
+    tokens: list          # ids
+    stop_reason: str      # eos, length or flag
+
+
+@dataclass
+class Row:
+    """An answer in the making: a small state machine, "normal" or "done"; further modes add further states."""
+    prompt: str | list
+    ids: list             # what the model reads before it writes: the prompt, then the prefill
+    n_prompt: int
+    n_left: int           # tokens it may still write
+    draws: torch.Tensor   # a uniform number for each of these, so that the words do not depend on the batch
+    stops: list           # ids that end an answer
+    mode: str
+    threshold: float
+    piece: object         # id -> text that is complete by now
+    show: object          # called with each piece of text and its f
+    state: str = "normal"
+    stop_reason: str | None = None
+    text: str = ""
+    tokens: list = field(default_factory=list)
+    probs: list = field(default_factory=list)
+    flag_at: int | None = None
+
+    def step(self, f, token):
+        """Take in f of the next position; then, unless it stops the answer, the token chosen there."""
+        self.probs.append(f)
+        if self.mode != "off" and self.flag_at is None and f > self.threshold:
+            self.flag_at = len(self.tokens)
+            if self.mode == "stop":
+                return self.end("flag")
+        if token in self.stops:
+            return self.end("eos")
+        self.tokens.append(token)
+        self.say(self.piece(token), f)
+        if len(self.tokens) > len(self.ids) - self.n_prompt:  # beyond the prefill
+            self.n_left -= 1
+        if self.n_left == 0:
+            self.end("length")
+
+    def end(self, reason):
+        self.state, self.stop_reason = "done", reason
+        self.say(self.piece(None), self.probs[-1])
+        if reason == "flag":
+            self.say((" " if self.text else "") + NOTICE, self.probs[-1])
+
+    def say(self, text, f):
+        self.text += text
+        if text and self.show:
+            self.show(text, f)
+
+    def answer(self):
+        scores = [] if self.mode == "off" else self.probs
+        return Answer(prompt=self.prompt, text=self.text, flagged=self.flag_at is not None, flag_at=self.flag_at,
+                      score=max(scores, default=None), flag_prob=scores, tokens=self.tokens,
+                      stop_reason=self.stop_reason)
+
+
+@torch.no_grad()
+def generate(model, tok, prompts, mode="stop", max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0,
+             threshold=None, batch_size=16, on_token=None):
+    """Yields an Answer for each prompt, in order.
+
+    A prompt is a string, a list of chat messages, or a record {"prompt": either, "prefill": text}. temperature 0 is
+    greedy; top_k 0 and top_p 1 are off; an answer's words depend on `seed` and its place in `prompts`, not on its
+    batch. threshold None takes the adapter's. on_token(i, text, f) is called as text of prompt i appears.
+    Raises ValueError, before any work, for a bad setting, an empty prompt, or one longer than the model's context.
+    """
+    threshold = model.threshold if threshold is None and mode != "off" else threshold
+    problems = setting_problems(mode, max_new_tokens, temperature, top_k, top_p, threshold, batch_size)
+    if mode != "off" and not model.n_flags:
+        problems.append(f"mode {mode} needs a flag: load an adapter first (model.load_flag), or take mode off")
+    if problems:
+        raise ValueError("; ".join(problems))
+    rows = [start_row(model, tok, p, i, mode, threshold, max_new_tokens, seed, on_token) for i, p in enumerate(prompts)]
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start:start + batch_size]
+        write(model, batch, lambda words, u: pick(words, u, temperature, top_k, top_p))
+        for row in batch:
+            yield row.answer()
+
+
+def setting_problems(mode, max_new_tokens, temperature, top_k, top_p, threshold, batch_size):
+    problems = []
+    if mode not in MODES:
+        problems.append(f"mode is {mode!r}, wanted one of {', '.join(MODES)}")
+    elif mode != "off" and (threshold is None or not 0 <= threshold <= 1):  # NaN fails this too
+        problems.append(f"threshold is {threshold}, wanted a probability from 0 to 1")
+    if max_new_tokens < 1 or batch_size < 1:
+        problems.append(f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}, wanted 1 or more")
+    if not 0 <= temperature < math.inf:
+        problems.append(f"temperature is {temperature}, wanted 0 (greedy) or more")
+    if top_k < 0 or not 0 < top_p <= 1:
+        problems.append(f"top_k is {top_k} and top_p {top_p}, wanted top_k 0 (off) or more and top_p above 0, at most 1")
+    return problems
+
+
+def start_row(model, tok, prompt, i, mode, threshold, max_new_tokens, seed, on_token):
+    record = prompt if isinstance(prompt, dict) else {"prompt": prompt}
+    if set(record) - {"prompt", "prefill"} or "prompt" not in record:
+        raise ValueError(f"prompt {i + 1}: a record has a prompt and optionally a prefill; this has {sorted(record)}")
+    messages = check_messages(record["prompt"])
+    prefill = record.get("prefill") or ""
+    if not isinstance(prefill, str):
+        raise ValueError(f"prompt {i + 1}: the prefill is {prefill!r}, wanted text")
+    if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        raise ValueError(f"prompt {i + 1} is empty: wanted a question, or a chat that ends with the user's message")
+    start = tok.render(messages)[0]
+    ids = start + tok.encode(prefill)
+    limit = model.config.max_position_embeddings
+    if len(ids) >= limit:
+        raise ValueError(f"prompt {i + 1} has {len(ids)} tokens with its template and prefill, and the model's context "
+                         f"holds {limit}: shorten it")
+    n_left = min(max_new_tokens, limit - len(ids))
+    draws = torch.rand(n_left, generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
+    show = on_token and (lambda text, f: on_token(i, text, f))
+    return Row(record["prompt"], ids, len(start), n_left, draws, tok.stop_ids, mode, threshold, tok.stream(), show)
+
+
+def write(model, rows, pick):
+    """Writes the answers of one batch into its rows."""
+    width = max(len(r.ids) for r in rows)
+    cache = Cache(model, len(rows), max(len(r.ids) + r.n_left for r in rows))
+    padded = torch.tensor([r.ids + [0] * (width - len(r.ids)) for r in rows], device=cache.k.device)
+    hidden = model(padded, cache)                                                   # (B, T, C)
+    cache.crop([len(r.ids) for r in rows])
+    for row, h in zip(rows, hidden):  # prefilled tokens are judged like any other
+        for f, token in zip(read(model, h[row.n_prompt - 1:len(row.ids) - 1])[1], row.ids[row.n_prompt:]):
+            if row.state == "normal":
+                row.step(f, token)
+    last = torch.stack([h[len(row.ids) - 1] for row, h in zip(rows, hidden)])       # (B, C)
+    tokens = None  # what the rows wrote last; nothing yet
+    while alive := [b for b, row in enumerate(rows) if row.state == "normal"]:
+        if len(alive) < len(rows):
+            rows, last = [rows[b] for b in alive], last[alive]
+            tokens = tokens if tokens is None else tokens[alive]
+            cache.keep(alive)
+        if tokens is not None:
+            last = model(tokens[:, None], cache)[:, -1]
+        words, f = read(model, last)                                                # (B, V)
+        tokens = pick(words, torch.stack([r.draws[-r.n_left] for r in rows]))       # (B,)
+        for row, f_row, token in zip(rows, f, tokens.tolist()):                     # the step's one sync
+            row.step(f_row, token)
+
+
+def read(model, hidden):
+    """Logits of the words (N, V) and f, a list of N floats, of hidden states (N, C); with no flag loaded f is 0."""
+    words, flags = model.split_logits(hidden)
+    return words, flag_prob(words, flags).tolist()
+
+
+def pick(words, u, temperature, top_k, top_p):
+    """A token for each row (B,), of its word logits (B, V) and its uniform number u (B,): the inverse of the
+    cumulative distribution at u, after temperature, top-k and top-p."""
+    if temperature == 0:
+        return words.argmax(-1)
+    order, V = None, words.shape[-1]
+    words = (words - words.amax(-1, keepdim=True)) / temperature
+    if top_k:
+        words, order = words.topk(min(top_k, V), dim=-1)                            # sorted, (B, k)
+    logp = torch.log_softmax(words, -1)
+    if top_p < 1 and not top_k:  # the likeliest 512 words nearly always hold top_p; sorting all of them is slow
+        logp_512, order_512 = logp.topk(min(512, V), dim=-1)
+        enough = logp_512.exp().sum(-1).min() > top_p
+        logp, order = (logp_512, order_512) if enough else logp.sort(dim=-1, descending=True)
+    probs = logp.exp()
+    if top_p < 1:  # keep the words before which less than top_p has been seen, so at least the first
+        probs = probs * (probs.cumsum(-1) - probs < top_p)
+    cdf = probs.cumsum(-1)
+    at = torch.searchsorted(cdf, u.to(cdf.device)[:, None] * cdf[:, -1:], right=True)
+    at = at.clamp(max=cdf.shape[-1] - 1)                                            # (B, 1)
+    return (at if order is None else order.gather(-1, at))[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+@dataclass(frozen=True)
+class SampleConfig:
+    prompt: str | None = option(None, "the user's message")
+    prompts: str | None = option(None, "a JSON Lines file of records with prompt and, optionally, prefill")
+    prefill: str = option("", "the beginning of the answer, put into the model's mouth")
+    system: str | None = option(None, "system message (default: what the model's chat template has)")
+    mode: str = option("stop", "off, shadow or stop")
+    threshold: float | None = option(None, "flag where f is above it (default: the one stored with the adapter)")
+    max_new_tokens: int = option(256, "length of an answer at most, prefill not counted")
+    temperature: float = option(0.0, "0 is greedy")
+    top_k: int = option(0, "draw among the k likeliest words; 0: all")
+    top_p: float = option(1.0, "draw among the likeliest words that make up this much probability")
+    seed: int = option(0, "of the draws")
+    batch_size: int = option(16, "answers written side by side")
+    adapter: str = option("out", "folder that train.py wrote")
+    weights: str | None = option(None, "model folder (default: SmolLM2-135M-Instruct, fetched once)")
+    force: bool = option(False, "load the adapter although it was trained on other base weights")
+    json: bool = option(False, "one JSON object a line on stdout")
+
+    def problems(self):
+        problems = setting_problems(self.mode, self.max_new_tokens, self.temperature, self.top_k, self.top_p,
+                                    0.5 if self.threshold is None else self.threshold, self.batch_size)
+        if (self.prompt is None) == (self.prompts is None):
+            problems.append("wanted either --prompt TEXT or --prompts FILE.jsonl")
+        if self.prompts is not None and self.prefill:
+            problems.append("--prefill goes with --prompt; in a file each record has its own")
+        return problems
+
+
+def read_prompts(config):
+    """The prompts as `generate` takes them, and as the user gave them."""
+    if config.prompts is None:
+        records = [{"prompt": config.prompt, "prefill": config.prefill}]
+    else:
+        records = []
+        for line, record in read_jsonl(config.prompts):
+            if "prompt" not in record:
+                raise ValueError(f"{config.prompts}:{line}: the record has no prompt, only {sorted(record)}")
+            records.append({k: record[k] for k in ("prompt", "prefill") if k in record})
+    given = [r["prompt"] for r in records]
+    if config.system is not None:
+        system = [{"role": "system", "content": config.system}]
+        records = [r | {"prompt": system + check_messages(r["prompt"])} for r in records]
+    return records, given
+
+
+def shade(text, f):
+    """The text on a red ground that deepens with f (ANSI, 256 colours); plain below 2%."""
+    level = sum(f > limit for limit in (0.02, 0.1, 0.3, 0.6, 0.9))
+    return f"\x1b[48;5;{(0, 52, 88, 124, 160, 196)[level]}m{text}\x1b[0m" if level else text
+
+
+def main():
+    config = parse(SampleConfig, sys.argv[1:], __doc__)
+    records, given = read_prompts(config)
+    if config.mode != "off" and not (Path(config.adapter) / "flag.json").is_file():
+        raise ValueError(f"no adapter in {config.adapter}: train one first (python train.py --init llama), name its "
+                         "folder with --adapter, or take --mode off for the original model")
+    if config.weights is None:
+        from data.smollm2 import ensure
+    weights = config.weights or ensure()
+    model = Llama.from_pretrained(weights)
+    if config.mode != "off" or (Path(config.adapter) / "flag.json").is_file():
+        model.load_flag(config.adapter, force=config.force)
+    tok = Tokenizer.from_pretrained(weights, n_flags=model.n_flags or 1)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and config.mode != "off"
+
+    def on_token(i, text, f):
+        print(shade(text, f) if colour else text, end="", flush=True)
+
+    live = not config.json and len(records) == 1
+    start, n_tokens = time.perf_counter(), 0
+    answers = generate(model, tok, records, config.mode, config.max_new_tokens, config.temperature, config.top_k,
+                       config.top_p, config.seed, config.threshold, config.batch_size, on_token if live else None)
+    for prompt, answer in zip(given, answers):
+        n_tokens += len(answer.tokens)
+        if config.json:
+            print(json.dumps(dataclasses.asdict(answer) | {"prompt": prompt}, ensure_ascii=False), flush=True)
+        else:
+            print("" if live else f"> {prompt}\n{answer.text}\n", flush=True)
+            print(summary(answer), file=sys.stderr)
+    seconds = time.perf_counter() - start
+    print(f"{len(records)} answers, {n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+def summary(answer):
+    if answer.score is None:
+        return f"ended by {answer.stop_reason}"
+    raised = f"flag raised at token {answer.flag_at}" if answer.flagged else "no flag"
+    return f"{raised}, highest f {answer.score:.4f}, ended by {answer.stop_reason}"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,323 @@
+"""Trains the red flag into a Llama: rows for the flag, LoRA, three terms, a calibrated threshold.
+
+    python train.py --init llama                 # SmolLM2-135M-Instruct on data/mini, about 12 minutes on 2 CPU cores
+    python train.py --init llama --weights DIR --train my.jsonl --dev my_dev.jsonl --out my_flag
+
+The objective stands in objective.py. An interrupted run goes on where it stopped when the same command is given again.
+Writes to --out: flag.safetensors, flag.json (settings, threshold, figures), log.jsonl (a line a step).
+"""
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from calibrate import evaluate, print_table
+from cli import option, parse, run
+from data.prepare import read_records
+from model import Llama, pick_device, pick_dtype
+from objective import TERMS, backward, lay_out, make_example, pad
+from tokenizer import Tokenizer
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    init: str = option("llama", "what to start from; llama: a Llama-family chat model")
+    weights: str | None = option(None, "its folder (default: SmolLM2-135M-Instruct, fetched once)")
+    train: str = option(str(HERE / "data/mini/train.jsonl"), "records to train on")
+    dev: str = option(str(HERE / "data/mini/dev.jsonl"), "records for the threshold and the table; never trained on")
+    out: str = option("out", "folder to write")
+    fresh: bool = option(False, "begin anew, though --out holds an unfinished run")
+    # how long
+    steps: int = option(90, "optimizer steps")
+    batch: int = option(16, "answers a step")
+    micro_batch: int = option(8, "answers that go through the model at once; less memory, same result")
+    max_answer: int = option(96, "tokens of each answer that are trained on")
+    # the objective, see objective.py
+    benign: float = option(1.0, "weight of L_benign")
+    flag: float = option(0.3, "weight of L_flag")
+    after: float = option(0.3, "weight of L_after")
+    words: float = option(1.0, "weight of L_words")
+    positions: str = option("all", "flag targets: all from the offset to the insertion, or one, at the insertion")
+    offset: int = option(0, "first answer position that may be asked for the flag (k): evidence seen before it")
+    after_loss: str = option("kl", "kl to the original model behind the flag, or ce on the answer's own words")
+    # the adapter
+    rank: int = option(16, "of LoRA; 0 trains the unembedding row alone, a linear probe")
+    alpha: float = option(32.0, "LoRA is scaled by alpha / rank")
+    lr: float = option(5e-4, "peak learning rate of LoRA")
+    flag_lr: float = option(1e-3, "peak learning rate of the flag's rows")
+    warmup: int = option(5, "steps until the peak")
+    clip: float = option(1.0, "gradient norm at most")
+    start_records: int = option(320, "answers that the flag row's start is fitted on; 0: start at zero")
+    # the rest
+    fpr: float = option(0.01, "benign answers that may be flagged, for the threshold")
+    save_every: int = option(10, "steps between checkpoints")
+    seed: int = option(0, "of data order, insertions and LoRA")
+    dtype: str = option("auto", "auto, float32 or bfloat16, of the frozen weights")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+
+    def problems(self):
+        choices = {"init": ("llama",), "positions": ("all", "one"), "after_loss": ("kl", "ce"),
+                   "dtype": ("auto", "float32", "bfloat16")}
+        problems = [f"--{k.replace('_', '-')} is {getattr(self, k)!r}, wanted {' or '.join(v)}"
+                    for k, v in choices.items() if getattr(self, k) not in v]
+        least = {"steps": 1, "batch": 1, "micro_batch": 1, "max_answer": 1, "save_every": 1, "rank": 0, "offset": 0,
+                 "warmup": 0, "start_records": 0, "benign": 0, "flag": 0, "after": 0, "words": 0, "lr": 0, "flag_lr": 0}
+        problems += [f"--{k.replace('_', '-')} is {getattr(self, k)}, wanted {v} or more"
+                     for k, v in least.items() if not getattr(self, k) >= v]
+        problems += [f"--{k} is {getattr(self, k)}, wanted above 0" for k in ("clip", "alpha") if not getattr(self, k) > 0]
+        if not 0 < self.fpr < 1:
+            problems.append(f"--fpr is {self.fpr}, wanted between 0 and 1")
+        if self.offset >= self.max_answer:
+            problems.append(f"--offset {self.offset} leaves no position in answers of --max-answer {self.max_answer}")
+        return problems
+
+
+# ---------------------------------------------------------------------------------------- the flag row's start
+
+@torch.no_grad()
+def hidden_states(model, examples, batch=16):
+    """Final hidden states of the original model where each answer token is predicted: a list of (n_answer, C)."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))  # by length: little padding
+    found = [None] * len(examples)
+    with model.flag_off():
+        for part in (order[i:i + batch] for i in range(0, len(order), batch)):
+            for i, h in zip(part, model(pad([examples[i].ids for i in part], model.inv_freq.device))):
+                e = examples[i]
+                found[i] = h[e.n_prompt - 1:e.n_prompt - 1 + e.n_answer].float()
+    return found
+
+
+def start_flag_rows(model, examples, offset):
+    """Sets the unembedding rows to a linear probe fitted on frozen hidden states; returns its cross-entropy, nats.
+
+    The unembedding has no bias: log f/(1-f) = w.h - logsumexp(old logits). With w = 0, or the mean of the old rows,
+    that is 23 nats off, and the gradient that repairs it wrecks the words first. But logsumexp is nearly linear in
+    h, so w starts as its ridge solution, which makes f about 1/2 everywhere, and is then fitted by L-BFGS to f's
+    targets. LoRA is left with what a linear probe cannot see, and its first gradients are small.
+    """
+    states = hidden_states(model, examples)
+    H = torch.cat(states)                                                                           # (N, C)
+    head_dtype, device = model.embed_tokens.weight.dtype, H.device
+    with torch.no_grad(), model.flag_off():
+        lse = torch.cat([model.logits(h.to(head_dtype)).logsumexp(-1) for h in H.split(256)])       # (N,)
+    pairs = list(zip(examples, states))
+    y = torch.cat([torch.full((len(h),), float(e.label == "harmful")) for e, h in pairs]).to(device)
+    known = torch.cat([(torch.arange(len(h)) >= offset) | (e.label != "harmful") for e, h in pairs]).to(device)
+    H, lse, y = H[known], lse[known], y[known]
+    ridge = 1e-3 * H.pow(2).mean() * len(H) * torch.eye(H.shape[1], device=device)
+    start = torch.linalg.solve(H.T @ H + ridge, H.T @ lse)
+    w = start.clone().requires_grad_()
+
+    def loss():
+        nll = F.binary_cross_entropy_with_logits(H @ w - lse, y)
+        return nll + 1e-3 * (w - start).pow(2).sum() / start.pow(2).sum()  # many positions, but few answers
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimizer = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
+    optimizer.step(closure)
+    with torch.no_grad():
+        model.flag_unembed.copy_(w.expand_as(model.flag_unembed))
+        return float(loss())
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+def learning_rate(step, steps, warmup):
+    """Share of the peak rate at step 0..steps-1: up over `warmup` steps, then a cosine down to a tenth; never 0."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, steps - warmup)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def step_layouts(examples, step, config, flag_id):
+    """The step's Layouts, shortest first, so that a micro-batch holds answers of like length. Order and insertions
+    depend on seed and step alone: that is all the state a resumed run needs."""
+    n, layouts = len(examples), []
+    for k in range(step * config.batch, (step + 1) * config.batch):
+        epoch, place = divmod(k, n)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
+        example = examples[order[place]]
+        draw = torch.rand((), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k)).item()
+        first = min(config.offset, example.n_answer - 1)
+        insert_at = first + int(draw * (example.n_answer - first))  # uniform in first .. n_answer - 1
+        layouts.append(lay_out(example, insert_at, flag_id, config.offset, config.positions))
+    return sorted(layouts, key=lambda x: len(x.ids))
+
+
+def train_step(model, optimizer, layouts, config):
+    """One optimizer step; returns each term's mean in nats (None where it has no position) and the gradient norm."""
+    count = torch.bincount(torch.tensor([t for x in layouts for t in x.term]), minlength=len(TERMS))
+    settings = torch.tensor([getattr(config, t) for t in TERMS])
+    weights = (settings / count.clamp(min=1)).to(model.inv_freq.device)  # over the whole step, not a micro-batch
+    optimizer.zero_grad()
+    sums = torch.zeros(len(TERMS), device=weights.device)
+    for i in range(0, len(layouts), config.micro_batch):
+        sums += backward(model, layouts[i:i + config.micro_batch], weights, config.after_loss)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(trained, config.clip)
+    if not torch.isfinite(norm):
+        raise ValueError(f"the gradient norm is {norm.item()}: lower --lr or --flag-lr")
+    optimizer.step()
+    means = (sums.cpu() / count).tolist()
+    return {t: means[i] if count[i] else None for i, t in enumerate(TERMS)}, norm.item(), int(count.sum())
+
+
+def make_optimizer(model, config):
+    parameters = {n: p for n, p in model.flag_parameters().items() if p.requires_grad}
+    groups = [{"params": [p for n, p in parameters.items() if n.startswith("flag_")], "peak": config.flag_lr},
+              {"params": [p for n, p in parameters.items() if "lora_" in n], "peak": config.lr}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def train(model, examples, config, flag_id, out):
+    """Runs the steps that are left, a log line each, a checkpoint every few."""
+    optimizer = make_optimizer(model, config)
+    first = load_checkpoint(model, optimizer, config, out)
+    if first == 0 and config.start_records:
+        began = time.perf_counter()
+        some = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed))[:config.start_records]
+        nll = start_flag_rows(model, [examples[i] for i in some], config.offset)
+        say(f"flag row fitted on {len(some)} answers: cross-entropy {nll:.3f} nats, {time.perf_counter() - began:.0f} s")
+    if first == 0:
+        save_checkpoint(model, optimizer, config, out, 0)
+    cut_log(out, first)
+    began = time.perf_counter()
+    for step in range(first, config.steps):
+        start = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate(step, config.steps, config.warmup)
+        layouts = step_layouts(examples, step, config, flag_id)
+        terms, norm, n_supervised = train_step(model, optimizer, layouts, config)
+        now = time.perf_counter()
+        log_step(out, config, {
+            "step": step + 1, "loss": sum(getattr(config, t) * (v or 0) for t, v in terms.items()), **terms,
+            "supervised": n_supervised, "lr": optimizer.param_groups[-1]["lr"], "gradient_norm": norm,
+            "tokens_per_s": sum(len(x.ids) for x in layouts) / (now - start),
+            "left_s": (now - began) / (step + 1 - first) * (config.steps - step - 1)})
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            save_checkpoint(model, optimizer, config, out, step + 1)
+
+
+def log_step(out, config, r):
+    terms = " ".join(f"{t} {r[t]:.4f}" if r[t] is not None else f"{t} -" for t in TERMS)
+    say(f"step {r['step']:4}/{config.steps} | loss {r['loss']:.4f} {terms} | sup {r['supervised']:,} tok | "
+        f"lr {r['lr']:.1e} | gnorm {r['gradient_norm']:.2f} | {r['tokens_per_s']:.0f} tok/s | {r['left_s'] / 60:.1f} min left")
+    with open(out / "log.jsonl", "a") as f:
+        f.write(json.dumps(r) + "\n")
+
+
+def cut_log(out, n_steps):
+    """Keeps the log's first n_steps lines: what an interrupted run wrote behind its checkpoint comes again."""
+    path = out / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True)[:n_steps] if path.exists() else []
+    path.write_text("".join(lines))
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+# -------------------------------------------------------------------------------------------- checkpoints
+
+def run_id(config):
+    """What two runs must share for one to go on with the other's checkpoint: all settings that change the result,
+    and the records themselves."""
+    settings = {k: v for k, v in dataclasses.asdict(config).items()
+                if k not in ("out", "fresh", "save_every", "train", "dev", "fpr", "weights", "device")}
+    return settings | {"records": hashlib.sha256(Path(config.train).read_bytes()).hexdigest()}
+
+
+def save_checkpoint(model, optimizer, config, out, step):
+    state = {"step": step, "run": run_id(config), "optimizer": optimizer.state_dict(),
+             "parameters": {n: p.detach() for n, p in model.flag_parameters().items()}}
+    torch.save(state, out / "checkpoint.pt.tmp")
+    os.replace(out / "checkpoint.pt.tmp", out / "checkpoint.pt")
+
+
+def load_checkpoint(model, optimizer, config, out):
+    """Restores an unfinished run of the same settings; returns its step, 0 where there is none."""
+    path = out / "checkpoint.pt"
+    if config.fresh or not path.exists():
+        return 0
+    try:
+        state = torch.load(path, weights_only=True)
+        differ = [k for k, v in run_id(config).items() if state["run"].get(k) != v]
+    except Exception as e:  # torch.load raises whatever a damaged file makes it stumble over
+        raise ValueError(f"cannot read {path} ({type(e).__name__}): --fresh begins anew") from None
+    if differ:
+        raise ValueError(f"{path} is an unfinished run with other settings ({', '.join(differ)}): give the same "
+                         "command to go on with it, --fresh to begin anew, or another --out")
+    with torch.no_grad():
+        for name, parameter in model.flag_parameters().items():
+            parameter.copy_(state["parameters"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    say(f"going on after step {state['step']} of {config.steps}")
+    return state["step"]
+
+
+# --------------------------------------------------------------------------------------------------- main
+
+def load(config):
+    """Model, tokenizer and both sets of Examples; everything that can be wrong is found before any work."""
+    train_records, dev_records = read_records(config.train), read_records(config.dev)
+    for path, records in ((config.train, train_records), (config.dev, dev_records)):
+        missing = {"harmful", "benign"} - {r["label"] for r in records}
+        if missing or not all(r["response"] for r in records):
+            raise ValueError(f"{path}: " + (f"no {' or '.join(missing)} records" if missing else "records without a "
+                             "response: python data/prepare.py --generate writes them"))
+    if config.weights is None:
+        from data.smollm2 import ensure
+    weights = Path(config.weights or ensure())
+    device = pick_device() if config.device == "auto" else torch.device(config.device)
+    dtype = pick_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    model, tok = Llama.from_pretrained(weights, dtype, device), Tokenizer.from_pretrained(weights)
+    context = model.config.max_position_embeddings - 1  # one place is the flag's
+    make = lambda records: [make_example(tok, r, config.max_answer, context) for r in records]
+    return model, tok, make(train_records), make(dev_records)
+
+
+def main():
+    began = time.perf_counter()
+    config = parse(TrainConfig, sys.argv[1:], __doc__)
+    out = Path(config.out)
+    model, tok, examples, dev = load(config)
+    out.mkdir(parents=True, exist_ok=True)
+    say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()))
+    model.add_flag(n_flags=1, rank=config.rank, alpha=config.alpha, seed=config.seed)
+    train(model, examples, config, tok.flag_id, out)
+    figures = evaluate(model, dev, config.fpr)
+    figures |= {"minutes": (time.perf_counter() - began) / 60, "peak_memory_mb": peak_memory_mb()}
+    model.threshold = figures["threshold"]
+    model.save_flag(out, settings=dataclasses.asdict(config), figures=figures)
+    (out / "checkpoint.pt").unlink()
+    print_table(figures)
+    print(f"\nadapter in {out}; try: python sample.py --adapter {out} --prompt \"...\"")
+
+
+def peak_memory_mb():
+    """The most memory that this process has held, in MB (on a GPU, what its tensors took there)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
+
+
+if __name__ == "__main__":
+    run(main)
