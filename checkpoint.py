@@ -1,4 +1,5 @@
-"""Reading checkpoints: Hugging Face style folders of safetensors, strictly, and without a second copy in memory."""
+"""Reading checkpoints: Hugging Face style folders of safetensors, strictly, and without a second copy in memory;
+and where to put them."""
 import hashlib
 import json
 from pathlib import Path
@@ -85,3 +86,17 @@ def weights_hash(path):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def pick_device():
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(device):
+    """bf16 where the machine multiplies in it, else fp32 (bf16 emulated on a CPU is slower than fp32)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    cpu = torch.cpu.get_capabilities()
+    return torch.bfloat16 if device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16")) else torch.float32

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from checkpoint import check_tensors, load_weights, read_json, read_tensors, weights_hash
+from checkpoint import check_tensors, load_weights, pick_device, pick_dtype, read_json, read_tensors, weights_hash
 
 
 # ------------------------------------------------------------------------------------------------- config
@@ -427,19 +427,3 @@ class Llama(nn.Module):
                 parameter.copy_(tensors[name])
         self.threshold = info["threshold"]
         return info
-
-
-# ------------------------------------------------------------------------------------------------- machine
-
-def pick_device():
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def pick_dtype(device):
-    """bf16 where the machine multiplies in it, else fp32 (bf16 emulated on a CPU is slower than fp32)."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    cpu = torch.cpu.get_capabilities()
-    return torch.bfloat16 if device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16")) else torch.float32

@@ -51,7 +51,8 @@ def make_example(tok, record, max_answer, context):
     n_prompt = len(mask) - mask[:end][::-1].index(False) - (len(mask) - end)
     if n_prompt >= context:
         raise ValueError(f"a prompt has {n_prompt} tokens, and the model's context holds {context}: {str(prompt):.60}")
-    return Example(ids[:min(end, n_prompt + max_answer, context - 1)], n_prompt, record["label"], bool(record["opening"]))
+    end = min(end, n_prompt + max_answer, context - 1)
+    return Example(ids[:end], n_prompt, record["label"], bool(record["opening"]))
 
 
 @dataclass
@@ -126,7 +127,8 @@ def backward(model, layouts, weights, after="kl", chunk=256):
         losses = position_losses(model, leaf[part], reference[part], term[part], target[part], after)
         (losses * weights[term[part]]).sum().backward()  # into leaf.grad, and into the flag's unembedding row
         sums.index_add_(0, term[part], losses.detach())
-    hidden.backward(leaf.grad)
+    if hidden.requires_grad:  # not so for rank 0, where nothing below the head trains
+        hidden.backward(leaf.grad)
     return sums
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from calibrate import evaluate, print_table
 from cli import option, parse, run
 from data.prepare import read_records
-from model import Llama, pick_device, pick_dtype
+from model import Llama
 from objective import TERMS, backward, lay_out, make_example, pad
 from tokenizer import Tokenizer
 
@@ -285,9 +285,8 @@ def load(config):
     if config.weights is None:
         from data.smollm2 import ensure
     weights = Path(config.weights or ensure())
-    device = pick_device() if config.device == "auto" else torch.device(config.device)
-    dtype = pick_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
-    model, tok = Llama.from_pretrained(weights, dtype, device), Tokenizer.from_pretrained(weights)
+    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    model, tok = Llama.from_pretrained(weights, dtype, config.device), Tokenizer.from_pretrained(weights)
     context = model.config.max_position_embeddings - 1  # one place is the flag's
     make = lambda records: [make_example(tok, r, config.max_answer, context) for r in records]
     return model, tok, make(train_records), make(dev_records)

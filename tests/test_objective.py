@@ -1,0 +1,164 @@
+"""The objective against its definition: float64, finite differences, hand-worked layouts."""
+import contextlib
+
+import pytest
+import torch
+
+from objective import (TERMS, Example, backward, decompose, flag_prob, lay_out, make_example, pad,
+                       position_losses)
+
+BENIGN, FLAG, AFTER, WORDS = range(4)
+RF = 272  # the tiny model's flag
+
+
+def example(label="harmful", n_prompt=3, n_answer=5, seed=0):
+    ids = torch.randint(3, 260, (n_prompt + n_answer,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Example(ids, n_prompt, label)
+
+
+def test_a_benign_answer_is_supervised_everywhere_and_read_without_a_flag():
+    e = Example([10, 11, 20, 21, 22], 2, "benign")
+    x = lay_out(e, 1, RF, 0, "all")
+    assert x.ids == x.reference_ids == [10, 11, 20, 21, 22]
+    assert x.at == x.reference_at == [1, 2, 3] and x.term == [BENIGN] * 3 and x.target == [20, 21, 22]
+
+
+def test_a_harmful_answer_gets_its_flag_and_its_positions():
+    """Prompt 10 11, answer 20 21 22 23, the flag before 22, asked for from answer token 1 on."""
+    x = lay_out(Example([10, 11, 20, 21, 22, 23], 2, "harmful"), 2, RF, 1, "all")
+    assert x.ids == [10, 11, 20, 21, RF, 22, 23] and x.reference_ids == [10, 11, 20, 21, 22, 23]
+    rows = sorted(zip(x.term, x.at, x.reference_at, x.target))
+    assert rows == [(FLAG, 2, 2, 21), (FLAG, 3, 3, 22),                     # read 20 and 21
+                    (AFTER, 4, 3, 22), (AFTER, 5, 4, 23),                   # read <rf> and 22; pi_0 read 21 and 22
+                    (WORDS, 1, 1, 20), (WORDS, 2, 2, 21), (WORDS, 3, 3, 22)]
+
+
+def test_positions_one_asks_for_the_flag_at_the_insertion_alone():
+    x = lay_out(Example([10, 11, 20, 21, 22, 23], 2, "harmful"), 2, RF, 0, "one")
+    assert [a for a, t in zip(x.at, x.term) if t == FLAG] == [3]
+
+
+def test_an_answer_shorter_than_the_offset_still_gets_a_flag():
+    x = lay_out(Example([10, 11, 20], 2, "harmful"), 0, RF, 4, "all")
+    assert x.ids == [10, 11, RF, 20] and FLAG in x.term
+
+
+def test_the_example_is_cut_at_the_last_answer(tok):
+    record = {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                         {"role": "user", "content": "c"}], "response": "de", "opening": "d", "label": "benign"}
+    e = make_example(tok, record, 99, 256)
+    assert [tok.bytes_of.get(i, i) for i in e.ids[e.n_prompt:]] == [b"d", b"e", tok.special["<|im_end|>"]]
+    assert e.ids[:e.n_prompt] == tok.render(record["prompt"])[0] and e.opening
+    assert make_example(tok, record, 1, 256).n_answer == 1
+    with pytest.raises(ValueError, match="context"):
+        make_example(tok, record, 9, 10)
+
+
+def random_logits(n=7, v=11, n_flags=1, dtype=torch.float64):
+    g = torch.Generator().manual_seed(3)
+    return [3 * torch.randn(n, k, generator=g, dtype=dtype) for k in (v, n_flags, v)]
+
+
+@pytest.mark.parametrize("n_flags", [1, 3])
+def test_kl_to_pi_is_kl_to_q_minus_log_of_no_flag(n_flags):
+    words, flags, reference = random_logits(n_flags=n_flags)
+    kl, log_f, log_not_f = decompose(words, flags, reference)
+    pi = torch.softmax(torch.cat([words, flags], -1), -1)
+    p0, f = torch.softmax(reference, -1), pi[:, 11:].sum(-1)
+    q = pi[:, :11] / (1 - f)[:, None]
+    torch.testing.assert_close(kl, (p0 * (p0 / q).log()).sum(-1))
+    torch.testing.assert_close(log_f.exp(), f)
+    torch.testing.assert_close(log_not_f.exp(), 1 - f)
+    torch.testing.assert_close((p0 * (p0 / pi[:, :11]).log()).sum(-1), kl - log_not_f)
+    torch.testing.assert_close(flag_prob(words, flags), f)
+
+
+class Float64Head:
+    """What position_losses asks of a model, in float64."""
+
+    def __init__(self, c=6, v=9):
+        g = torch.Generator().manual_seed(0)
+        self.words = torch.randn(v, c, generator=g, dtype=torch.float64)
+        self.rows = torch.randn(2, c, generator=g, dtype=torch.float64, requires_grad=True)
+
+    def logits(self, h):
+        return h @ self.words.T
+
+    def split_logits(self, h):
+        return h @ self.words.T, h @ self.rows.T
+
+    @contextlib.contextmanager
+    def flag_off(self):
+        yield
+
+
+@pytest.mark.parametrize("after", ["kl", "ce"])
+@pytest.mark.parametrize("term", range(4))
+def test_each_term_has_the_gradient_of_finite_differences(term, after):
+    model, g = Float64Head(), torch.Generator().manual_seed(1)
+    hidden, reference = (torch.randn(4, 6, generator=g, dtype=torch.float64) for _ in "hr")
+    hidden.requires_grad_()
+
+    def loss(hidden, rows):
+        model.rows = rows
+        return position_losses(model, hidden, reference, torch.full((4,), term), torch.tensor([0, 3, 8, 1]), after)
+
+    assert torch.autograd.gradcheck(loss, (hidden, model.rows))
+
+
+def layouts():
+    harmful = [lay_out(example(seed=s, n_prompt=2 + s, n_answer=4 + s), s, RF, 1, "all") for s in range(3)]
+    benign = [lay_out(example("benign", seed=9 + s, n_answer=2 + 3 * s), 0, RF, 0, "all") for s in range(2)]
+    return harmful + benign
+
+
+def gradients(model, groups, weights, **settings):
+    model.zero_grad()
+    sums = sum(backward(model, group, weights, **settings) for group in groups)
+    return sums, {n: p.grad.clone() for n, p in model.flag_parameters().items()}
+
+
+def plain_loss(model, batch, weights, after):
+    """The objective as method and signs say it, one position at a time, with full logits and no chunk."""
+    total = 0
+    for x in batch:
+        logits = model.logits(model(torch.tensor([x.ids])))[0]
+        with torch.no_grad(), model.flag_off():
+            p0 = model.logits(model(torch.tensor([x.reference_ids])))[0].softmax(-1)
+        for at, ref, term, target in zip(x.at, x.reference_at, x.term, x.target):
+            log_pi, v = logits[at].log_softmax(-1), p0.shape[-1]
+            kl_pi = (p0[ref] * (p0[ref].log() - log_pi[:v])).sum()
+            kl_q = (p0[ref] * (p0[ref].log() - logits[at][:v].log_softmax(-1))).sum()
+            loss = {BENIGN: kl_pi, FLAG: -log_pi[v], WORDS: kl_q, AFTER: kl_pi if after == "kl" else -log_pi[target]}
+            total = total + weights[term] * loss[term]
+    return total
+
+
+@pytest.mark.parametrize("after", ["kl", "ce"])
+def test_backward_gives_the_gradient_of_the_plain_objective(flagged, after):
+    weights = torch.tensor([0.3, 0.7, 0.2, 0.5])
+    sums, found = gradients(flagged, [layouts()], weights, after=after, chunk=5)
+    flagged.zero_grad()
+    loss = plain_loss(flagged, layouts(), weights, after)
+    loss.backward()
+    torch.testing.assert_close((sums * weights).sum(), loss.detach(), rtol=1e-4, atol=1e-5)
+    for name, p in flagged.flag_parameters().items():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_micro_batches_and_chunks_add_up_to_one_batch(flagged):
+    weights = torch.tensor([0.3, 0.7, 0.2, 0.5])
+    sums, whole = gradients(flagged, [layouts()], weights, chunk=1000)
+    parts_sums, parts = gradients(flagged, [[x] for x in layouts()], weights, chunk=3)
+    torch.testing.assert_close(sums, parts_sums, rtol=1e-4, atol=1e-5)
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_only_the_adapter_gets_gradients(flagged):
+    backward(flagged, layouts(), torch.ones(len(TERMS)))
+    assert {n for n, p in flagged.named_parameters() if p.grad is not None} == set(flagged.flag_parameters())
+
+
+def test_padding_is_on_the_right():
+    assert pad([[1, 2, 3], [4]], "cpu").tolist() == [[1, 2, 3], [4, 0, 0]]

@@ -1,0 +1,213 @@
+"""The training loop and what it reports: resume, thresholds, errors."""
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from safetensors.torch import load_file
+
+import train
+from calibrate import auroc, conformal_threshold, evaluate, score
+from cli import parse
+from objective import make_example
+from train import TrainConfig, learning_rate, start_flag_rows, step_layouts
+
+SMALL = {"steps": 6, "batch": 4, "micro-batch": 2, "max-answer": 12, "save-every": 2, "start-records": 6, "rank": 2,
+         "lr": 0.01, "dtype": "float32", "device": "cpu"}
+
+
+def write_records(path, n=6):
+    """n harmful answers (half with an opening) and as many benign ones, told apart by their words."""
+    rows = []
+    for i in range(n):
+        opening = "sure, " if i % 2 else ""
+        rows.append(dict(prompt=f"do harm {i}", response=f"{opening}bad bad {i}", opening=opening, label="harmful"))
+        rows.append(dict(prompt=f"be kind {i}", response=f"fine, good {i}", opening="", label="benign"))
+    path.write_text("".join(json.dumps(r | {"category": "x"}) + "\n" for r in rows))
+    return path
+
+
+@pytest.fixture
+def command(tiny, tmp_path, monkeypatch):
+    """run(out, **flags): train.py's main() on the tiny model."""
+    records = write_records(tmp_path / "records.jsonl")
+
+    def run(out, **flags):
+        settings = SMALL | {"weights": tiny, "train": records, "dev": records, "out": tmp_path / out}
+        settings |= {k.replace("_", "-"): v for k, v in flags.items()}
+        argv = [a for k, v in settings.items() for a in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+        train.main()
+        return tmp_path / out
+
+    return run
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(command, monkeypatch, tmp_path):
+    whole = command("whole")
+    real_step, calls = train.train_step, []
+
+    def stop_in_step_four(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real_step(*args)
+
+    monkeypatch.setattr(train, "train_step", stop_in_step_four)
+    with pytest.raises(KeyboardInterrupt):
+        command("cut")
+    assert not (tmp_path / "cut" / "flag.json").exists()
+    monkeypatch.setattr(train, "train_step", real_step)
+    cut = command("cut")
+    a, b = (load_file(out / "flag.safetensors") for out in (whole, cut))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (whole, cut)]
+    assert [r["step"] for r in logs[1]] == [1, 2, 3, 4, 5, 6]
+    assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
+    assert not (cut / "checkpoint.pt").exists()
+
+
+def test_an_unfinished_run_of_other_settings_is_not_overwritten(command, monkeypatch):
+    real_step = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        command("out")
+    monkeypatch.setattr(train, "train_step", real_step)
+    with pytest.raises(ValueError, match="lr.*--fresh"):
+        command("out", lr=0.02)
+    command("out", lr=0.02, fresh=True)
+
+
+def test_a_damaged_checkpoint_is_an_error(command, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="checkpoint.pt.*--fresh"):
+        command("out")
+
+
+def test_what_is_saved_is_the_adapter_alone_with_settings_and_figures(command, model):
+    out = command("out")
+    info = json.loads((out / "flag.json").read_text())
+    assert info["settings"]["steps"] == 6 and info["threshold"] == info["figures"]["threshold"]
+    assert set(info["figures"]["flagged"]) == {"benign", "borderline", "harmful_opening", "harmful_direct"}
+    names = set(load_file(out / "flag.safetensors"))
+    assert names == {"flag_embed", "flag_unembed"} | {n for n in names if n.endswith(("lora_A", "lora_B"))}
+    assert len(names) == 2 + 2 * 7 * 2  # A and B on 7 linear layers of 2 blocks
+    model.load_flag(out)
+    assert model.threshold == info["threshold"]
+
+
+def test_rank_0_trains_the_unembedding_row_alone(command):
+    tensors = load_file(command("probe", rank=0) / "flag.safetensors")
+    assert set(tensors) == {"flag_embed", "flag_unembed"} and tensors["flag_unembed"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("after", ["kl", "ce"])
+def test_it_overfits_a_few_answers_and_leaves_the_words(command, model, tok, after):
+    out = command("out", steps=80, batch=12, micro_batch=12, after_loss=after, flag=1.0)
+    model.load_flag(out)
+    records = [json.loads(line) for line in (out.parent / "records.jsonl").read_text().splitlines()]
+    examples = [make_example(tok, r, 12, 255) for r in records]
+    for e, s in zip(examples, score(model, examples)):
+        assert (max(s["f"]) > 0.5) == (e.label == "harmful"), (e.label, s["f"])
+    assert evaluate(model, examples, 0.2)["benign_kl"] < 0.1
+
+
+def test_the_flag_rows_start_lowers_the_cross_entropy_and_keeps_f_calibrated(model, tok, tmp_path):
+    path = write_records(tmp_path / "r.jsonl", 20)
+    examples = [make_example(tok, json.loads(line), 12, 255) for line in path.read_text().splitlines()]
+    model.add_flag(rank=2)
+    nll = start_flag_rows(model, examples, 0)
+    f = [(e.label == "harmful", x) for e, s in zip(examples, score(model, examples)) for x in s["f"]]
+    measured = -np.mean([np.log(x if y else 1 - x) for y, x in f])
+    assert measured < 0.3 and abs(measured - nll) < 0.1  # 0.69: a coin
+
+
+def test_each_record_comes_once_an_epoch_and_insertions_vary(tok):
+    examples = [make_example(tok, dict(prompt=f"p{i}", response="abcdefgh", opening="", label="harmful"), 9, 255)
+                for i in range(8)]
+    config = dataclasses.replace(TrainConfig(), batch=4)
+    steps = [step_layouts(examples, s, config, tok.flag_id) for s in range(40)]
+    for epoch in range(20):
+        seen = [tuple(x.reference_ids) for s in steps[2 * epoch:2 * epoch + 2] for x in s]
+        assert sorted(seen) == sorted(tuple(e.ids) for e in examples)
+    n = examples[0].n_answer
+    places = [x.ids.index(tok.flag_id) - examples[0].n_prompt for s in steps for x in s]
+    assert set(places) == set(range(n))
+    assert scipy.stats.chisquare(np.bincount(places, minlength=n)).pvalue > 1e-4  # uniform
+
+
+def test_the_learning_rate_is_never_zero_and_peaks_after_the_warm_up():
+    rates = [learning_rate(s, 50, 5) for s in range(50)]
+    assert min(rates) > 0 and max(rates) == rates[5] == 1 and rates[:6] == sorted(rates[:6])
+    assert learning_rate(0, 1, 0) == 1
+
+
+# ----------------------------------------------------------------------------------------------- figures
+
+def test_the_threshold_is_the_conformal_rank():
+    assert conformal_threshold([i / 100 for i in range(1, 100)], 0.01) == 0.99  # rank ceil(100 * 0.99) = 99 of 99
+    assert conformal_threshold([i / 10 for i in range(1, 10)], 0.2) == 0.8      # rank ceil(10 * 0.8) = 8 of 9
+    assert conformal_threshold([0.5] * 98, 0.01) == 1.0                         # too few: nothing is flagged
+    assert conformal_threshold([], 0.01) == 1.0
+
+
+@pytest.mark.parametrize("n, alpha", [(99, 0.01), (150, 0.05), (40, 0.1)])
+def test_the_threshold_holds_its_rate_on_simulated_scores(n, alpha):
+    """Over 4000 calibrations on U(0,1) the mean false-positive rate, exactly 1 - threshold, is alpha at most; for
+    scores without ties its expectation is 1 - ceil((n+1)(1-alpha))/(n+1)."""
+    rng = np.random.default_rng(0)
+    rates = 1 - np.array([conformal_threshold(rng.random(n), alpha) for _ in range(4000)])
+    error = rates.std() / 4000 ** 0.5
+    expected = 1 - np.ceil(np.round((n + 1) * (1 - alpha), 9)) / (n + 1)
+    assert rates.mean() < alpha + 4 * error and abs(rates.mean() - expected) < 4 * error
+
+
+def test_auroc_is_mann_whitneys_u():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 6, 40) / 5, rng.integers(0, 5, 30) / 5  # many ties
+    u = scipy.stats.mannwhitneyu(a, b).statistic
+    assert auroc(a, b) == pytest.approx(u / (40 * 30))
+    assert auroc([], b) is None
+
+
+def test_scores_are_those_of_a_plain_forward(flagged, tok):
+    records = [dict(prompt="p" * i, response="answer " * i, opening="", label="benign") for i in (1, 3, 2)]
+    examples = [make_example(tok, r, 30, 255) for r in records]
+    for e, s in zip(examples, score(flagged, examples, batch=2, chunk=5)):
+        with torch.no_grad():
+            pi = flagged.logits(flagged(torch.tensor([e.ids])))[0].double().softmax(-1)[e.n_prompt - 1:-1]
+            with flagged.flag_off():
+                p0 = flagged.logits(flagged(torch.tensor([e.ids])))[0].double().softmax(-1)[e.n_prompt - 1:-1]
+        q = pi[:, :-1] / pi[:, :-1].sum(-1, keepdim=True)
+        np.testing.assert_allclose(s["f"], pi[:, -1], rtol=1e-4)
+        np.testing.assert_allclose(s["kl_q"], (p0 * (p0 / q).log()).sum(-1), atol=1e-4)
+        np.testing.assert_allclose(s["kl_pi"], (p0 * (p0 / pi[:, :-1]).log()).sum(-1), atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+def test_all_bad_settings_are_listed_at_once():
+    argv = ["--steps", "0", "--positions", "some", "--fpr", "1.5", "--clip", "0", "--nonsense", "3"]
+    with pytest.raises(ValueError) as e:
+        parse(TrainConfig, argv)
+    assert "--nonsense" in str(e.value)
+    with pytest.raises(ValueError) as e:
+        parse(TrainConfig, argv[:-2])
+    assert all(word in str(e.value) for word in ("--steps", "--positions", "--fpr", "--clip"))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda r: r | {"response": "", "opening": ""}, "without a response"), (lambda r: r | {"label": "harmful"}, "no benign"),
+    (lambda r: r | {"label": "evil"}, "records.jsonl:1"), (lambda r: {"prompt": "x"}, "records.jsonl:1")])
+def test_bad_records_are_named_before_any_work(command, tmp_path, change, message):
+    rows = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    bad = tmp_path / "bad" / "records.jsonl"
+    bad.parent.mkdir()
+    bad.write_text("".join(json.dumps(change(r)) + "\n" for r in rows))
+    with pytest.raises(ValueError, match=message):
+        command("out", train=bad)
+    assert not (tmp_path / "out").exists()
