@@ -5,6 +5,9 @@ import json
 import sys
 
 
+MISSING = object()  # argparse takes its own SUPPRESS for "not given", and would leave the default in place
+
+
 def option(default, help):
     """A dataclass field with its line for --help."""
     return dataclasses.field(default=default, metadata={"help": help})
@@ -24,7 +27,7 @@ def parse(Config, argv, description=None):
         if f.type is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=help)
         else:  # nargs="?" so that a missing value is our problem to report, together with the others
-            parser.add_argument(name, nargs="?", default=f.default, const=argparse.SUPPRESS,
+            parser.add_argument(name, nargs="?", default=f.default, const=MISSING,
                                 metavar=f.name.upper().split("_")[-1], help=help.replace("%", "%%"))
     try:
         given, unknown = parser.parse_known_args(argv)
@@ -36,7 +39,7 @@ def parse(Config, argv, description=None):
         kind = next((k for k in (bool, int, float, str) if f.type in (k, k | None)), None)
         assert kind, f"{Config.__name__}.{f.name}: {f.type} is no type for a flag"
         name, value = "--" + f.name.replace("_", "-"), values[f.name]
-        if value is argparse.SUPPRESS or value == argparse.SUPPRESS:
+        if value is MISSING:
             problems.append(f"{name} needs a value")
         elif isinstance(value, str):
             try:
@@ -66,10 +69,18 @@ def read_jsonl(path):
             raise ValueError(f"{path}:{number}: no JSON: {e}") from None
         if not isinstance(record, dict):
             raise ValueError(f"{path}:{number}: wanted a JSON object, found {type(record).__name__}")
+        check_text(record, f"{path}:{number}")
         records.append((number, record))
     if not records:
         raise ValueError(f"{path} is empty: wanted one JSON object a line")
     return records
+
+
+def check_text(value, where):
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: half a character (a lone surrogate), which UTF-8 cannot write") from None
 
 
 def run(main):

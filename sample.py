@@ -141,16 +141,25 @@ def setting_problems(mode, max_new_tokens, temperature, top_k, top_p, threshold,
     return problems
 
 
-def start_row(model, tok, prompt, i, mode, threshold, max_new_tokens, seed, on_token):
+def check_prompt(prompt, where):
+    """(record's prompt, chat, prefill) of a prompt as `generate` takes it. Raises ValueError naming `where`."""
     record = prompt if isinstance(prompt, dict) else {"prompt": prompt}
     if set(record) - {"prompt", "prefill"} or "prompt" not in record:
-        raise ValueError(f"prompt {i + 1}: a record has a prompt and optionally a prefill; this has {sorted(record)}")
-    messages = check_messages(record["prompt"])
+        raise ValueError(f"{where}: a record has a prompt and optionally a prefill; this has {sorted(record)}")
+    try:
+        messages = check_messages(record["prompt"])
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None
     prefill = record.get("prefill") or ""
     if not isinstance(prefill, str):
-        raise ValueError(f"prompt {i + 1}: the prefill is {prefill!r}, wanted text")
+        raise ValueError(f"{where}: the prefill is {prefill!r}, wanted text")
     if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-        raise ValueError(f"prompt {i + 1} is empty: wanted a question, or a chat that ends with the user's message")
+        raise ValueError(f"{where} is empty: wanted a question, or a chat that ends with the user's message")
+    return record["prompt"], messages, prefill
+
+
+def start_row(model, tok, prompt, i, mode, threshold, max_new_tokens, seed, on_token):
+    prompt, messages, prefill = check_prompt(prompt, f"prompt {i + 1}")
     start = tok.render(messages)[0]
     ids = start + tok.encode(prefill)
     limit = model.config.max_position_embeddings
@@ -158,9 +167,9 @@ def start_row(model, tok, prompt, i, mode, threshold, max_new_tokens, seed, on_t
         raise ValueError(f"prompt {i + 1} has {len(ids)} tokens with its template and prefill, and the model's context "
                          f"holds {limit}: shorten it")
     n_left = min(max_new_tokens, limit - len(ids))
-    draws = torch.rand(n_left, generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
+    draws = torch.rand(n_left, generator=torch.Generator().manual_seed((seed * 1_000_003 + i) % (2 ** 32 - 5)))
     show = on_token and (lambda text, f: on_token(i, text, f))
-    return Row(record["prompt"], ids, len(start), n_left, draws, tok.stop_ids, mode, threshold, tok.stream(), show)
+    return Row(prompt, ids, len(start), n_left, draws, tok.stop_ids, mode, threshold, tok.stream(), show)
 
 
 def write(model, rows, pick):
@@ -201,14 +210,19 @@ def pick(words, u, temperature, top_k, top_p):
     if temperature == 0:
         return words.argmax(-1)
     order, V = None, words.shape[-1]
-    words = (words - words.amax(-1, keepdim=True)) / temperature
+    words = (words - words.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # fp32 would divide by 0
     if top_k:
         words, order = words.topk(min(top_k, V), dim=-1)                            # sorted, (B, k)
     logp = torch.log_softmax(words, -1)
     if top_p < 1 and not top_k:  # the likeliest 512 words nearly always hold top_p; sorting all of them is slow
         logp_512, order_512 = logp.topk(min(512, V), dim=-1)
-        enough = logp_512.exp().sum(-1).min() > top_p
-        logp, order = (logp_512, order_512) if enough else logp.sort(dim=-1, descending=True)
+        enough = logp_512.exp().sum(-1) > top_p
+        if enough.any() and not enough.all():  # apart, as ties come out in another order: a row must not see its batch
+            tokens = torch.empty(len(words), dtype=torch.long, device=words.device)
+            for part in (enough, ~enough):
+                tokens[part] = pick(words[part], u.to(words.device)[part], 1.0, 0, top_p)
+            return tokens
+        logp, order = (logp_512, order_512) if enough.all() else logp.sort(dim=-1, descending=True)
     probs = logp.exp()
     if top_p < 1:  # keep the words before which less than top_p has been seen, so at least the first
         probs = probs * (probs.cumsum(-1) - probs < top_p)
@@ -259,6 +273,7 @@ def read_prompts(config):
             if "prompt" not in record:
                 raise ValueError(f"{config.prompts}:{line}: the record has no prompt, only {sorted(record)}")
             records.append({k: record[k] for k in ("prompt", "prefill") if k in record})
+            check_prompt(records[-1], f"{config.prompts}:{line}")
     given = [r["prompt"] for r in records]
     if config.system is not None:
         system = [{"role": "system", "content": config.system}]

@@ -178,7 +178,7 @@ def read_tokenizer_json(path):
     d = read_json(path)
     model = d.get("model") or {}
     plain = {"dropout": (None, 0.0), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, ""),
-             "byte_fallback": (None, False), "unk_token": (None,)}
+             "byte_fallback": (None, False)}  # unk_token is not asked for: a byte without a token is dropped
     if model.get("type") != "BPE":
         raise ValueError(f"{path}: model type {model.get('type')!r} (supported: byte-level BPE)")
     for name, supported in plain.items():
@@ -235,7 +235,8 @@ def byte_alphabet():
 
 def read_default_system(folder):
     """The system text that a ChatML template puts in where a chat has none (SmolLM2, Qwen2.5), else None."""
-    config = folder / "tokenizer_config.json"
+    config, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"  # transformers 5 writes the latter
     template = read_json(config).get("chat_template") if config.is_file() else None
-    found = re.search(r"<\|im_start\|>system(?:\n|\\n)([^<>{}']+)<\|im_end\|>", template or "")
+    template = jinja.read_text(encoding="utf-8") if jinja.is_file() else template
+    found = re.search(r"<\|im_start\|>system(?:\n|\\n)([^<>{}']+)<\|im_end\|>", str(template))
     return found.group(1) if found else None

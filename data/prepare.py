@@ -8,6 +8,7 @@ into the model's mouth (else ""), "label": "harmful", "borderline" or "benign", 
 A malformed input is reported with file and line, and then nothing is written.
 """
 import csv
+import io
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cli import option, parse, read_jsonl, run
+from cli import check_text, option, parse, read_jsonl, run
 
 FIELDS = ("prompt", "response", "opening", "label", "category")
 LABELS = ("harmful", "borderline", "benign")
@@ -110,12 +111,14 @@ def read_rows(path, targets=None):
         wanted = json.loads(Path(targets).read_text(encoding="utf-8")) if targets else None
     except (OSError, ValueError) as e:
         raise ValueError(f"cannot read {path} or its targets: {e}") from None
+    if wanted is not None and not isinstance(wanted, dict):
+        raise ValueError(f"{targets}: wanted a JSON object from BehaviorID to text")
     if path.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
             rows = [(reader.line_num, row) for row in reader]
         except csv.Error as e:
-            raise ValueError(f"{path}:{reader.line_num}: {e}") from None
+            raise ValueError(f"{path}:{reader.reader.line_num}: {e}") from None
         for line, row in rows:
             if None in row or None in row.values():
                 raise ValueError(f"{path}:{line}: the row has not as many cells as the header")
@@ -129,18 +132,20 @@ def read_rows(path, targets=None):
 def read_json_list(path, text):
     """(line, object) of a JSON list, item by item so that an error has a line."""
     decoder, rows = json.JSONDecoder(), []
-    line = lambda i: text.count("\n", 0, i) + 1
     skip = lambda i: re.compile(r"[\s,]*").match(text, i).end()
-    at = skip(0)
-    if text[at:at + 1] != "[":
-        raise ValueError(f"{path}:{line(at)}: wanted a JSON list of objects (or .jsonl, or .csv)")
-    at = skip(at + 1)
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}:{e.lineno}: no JSON: {e.msg}") from None
+    if not isinstance(whole, list):
+        raise ValueError(f"{path}:1: wanted a JSON list of objects (or .jsonl, or .csv)")
+    at, line, end = skip(skip(0) + 1), 1, 0
     while text[at:at + 1] != "]":
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path}:{line(e.pos)}: no JSON: {e.msg}") from None
-        rows.append((line(at), value))
+        line, before = line + text.count("\n", end, at), at
+        value, end = decoder.raw_decode(text, at)
+        check_text(value, f"{path}:{line}")
+        rows.append((line, value))
+        line += text.count("\n", before, end)
         at = skip(end)
     return rows
 

