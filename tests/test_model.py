@@ -101,17 +101,9 @@ def test_rope_is_read_in_every_spelling(rope, spelling, tmp_path):
         old["type"] = old.pop("rope_type")
     changes = {"rope_parameters": rope} if spelling in ("rope_parameters", "both") else {"rope_parameters": None}
     if spelling != "rope_parameters":
-        changes |= {"rope_theta": rope["rope_theta"], "rope_scaling": old}
+        plain = spelling == "rope_scaling" and rope["rope_type"] == "default"  # the usual config has null there
+        changes |= {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else old}
     edit_json(tmp_path / "config.json", **changes)
-    with torch.no_grad():
-        assert_near(logits_of(load(tmp_path), some_ids()), reference(some_ids()).logits, 1e-4)
-
-
-def test_a_config_of_transformers_4_without_scaling_is_read(tmp_path):
-    reference = write_checkpoint(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 700.0})
-    config = json.loads((tmp_path / "config.json").read_text())
-    del config["rope_parameters"], config["head_dim"]
-    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": 700.0, "rope_scaling": None}))
     with torch.no_grad():
         assert_near(logits_of(load(tmp_path), some_ids()), reference(some_ids()).logits, 1e-4)
 
@@ -124,13 +116,8 @@ def test_shards_load_through_their_index_and_hash_like_one_file(tied, tmp_path):
     with torch.no_grad():
         assert_near(logits_of(load(tmp_path / "shards"), some_ids()), reference(some_ids()).logits, 1e-4)
     assert weights_hash(tmp_path / "one") == weights_hash(tmp_path / "shards")
-
-
-def test_the_hash_sees_one_changed_weight(tiny, copy):
-    tensors = load_file(copy / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] += 1e-3
-    save_file(tensors, copy / "model.safetensors")
-    assert weights_hash(copy) != weights_hash(tiny)
+    change_tensors(lambda t: t["model.layers.1.mlp.up_proj.weight"][3].add_(1e-3))(tmp_path / "one")
+    assert weights_hash(tmp_path / "one") != weights_hash(tmp_path / "shards")
 
 
 @pytest.mark.parametrize("name", ["llama", "everything", "qwen2", "mistral"])
@@ -204,8 +191,7 @@ def tie(lm_head, embedding=True):
     def spoil(folder):
         edit_json(folder / "config.json", tie_word_embeddings=True)
         change_tensors(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + lm_head}))(folder)
-        if not embedding:
-            change_tensors(lambda t: t.pop("model.embed_tokens.weight"))(folder)
+        change_tensors(lambda t: embedding or t.pop("model.embed_tokens.weight"))(folder)
     return spoil
 
 
@@ -275,9 +261,9 @@ import os, sys, torch
 from model import Llama
 peak = lambda: next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
 def load(folder): return Llama.from_pretrained(folder, dtype=torch.bfloat16, device="cpu")
-load(sys.argv[1])  # whatever the first load allocates for good
 for folder in sys.argv[2:]:
-    if not (child := os.fork()):  # a process of its own, whose peak starts at what it shares
+    if not (child := os.fork()):  # a process of its own, for a peak of its own
+        load(sys.argv[1])  # whatever the first load brings in for good
         before = peak()
         size = sum(p.nbytes for p in load(folder).parameters())
         print((peak() - before) / size, flush=True)
@@ -460,15 +446,12 @@ def test_flag_off_is_the_original_bit_for_bit_nests_and_comes_back(tiny, dtype):
     assert torch.equal(logits_of(model, ids), flagged)
 
 
-@pytest.mark.parametrize("n_flags", [1, 3])
-def test_merged_equals_unmerged(model, n_flags):
-    model.add_flag(n_flags, rank=4, alpha=8)
-    shake(model)
-    ids = some_ids(below=V + n_flags)
-    unmerged = logits_of(model, ids)
-    model.merge_flag()
-    assert_near(logits_of(model, ids), unmerged, 1e-4)
-    assert set(model.flag_parameters()) == {"flag_embed", "flag_unembed"}
+def test_merged_equals_unmerged(flagged):
+    ids = some_ids(below=V + 1)
+    unmerged = logits_of(flagged, ids)
+    flagged.merge_flag()
+    assert_near(logits_of(flagged, ids), unmerged, 1e-4)
+    assert set(flagged.flag_parameters()) == {"flag_embed", "flag_unembed"}
 
 
 def test_merging_into_bf16_rounds_the_fp32_sum_once(tiny):
@@ -545,11 +528,9 @@ ADAPTER_ERRORS = {
 
 
 @pytest.mark.parametrize("name", ADAPTER_ERRORS)
-def test_a_damaged_adapter_is_an_error_and_leaves_the_model_as_it_was(flagged, tiny, tmp_path, name):
+def test_a_damaged_adapter_is_an_error(flagged, tiny, tmp_path, name):
     spoil, message = ADAPTER_ERRORS[name]
     flagged.save_flag(tmp_path / "out")
     spoil(tmp_path / "out")
-    model = load(tiny)
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        model.load_flag(tmp_path / "out")
-    assert model.n_flags == 0 and not model.flag_parameters()
+        load(tiny).load_flag(tmp_path / "out")
