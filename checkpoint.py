@@ -1,12 +1,13 @@
-"""Reading checkpoints: Hugging Face style folders of safetensors, strictly, and without a second copy in memory;
-and where to put them."""
+"""Files: Hugging Face style folders of safetensors, read strictly and without a second copy in memory; the adapter;
+and the machine that they go to."""
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 def read_json(path):
@@ -25,7 +26,9 @@ def weight_files(path):
     """Tensor name -> file, from the index of shards or the one file."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = read_json(index).get("weight_map", {})
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+            raise ValueError(f"{index}: wanted weight_map to be an object, tensor name -> file name")
         return {name: path / file for name, file in names.items()}
     return {name: path / "model.safetensors" for name in open_weights(path / "model.safetensors").keys()}
 
@@ -33,14 +36,6 @@ def weight_files(path):
 def open_weights(file):
     try:
         return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"cannot read {file}: {e} (is it there, and whole?)") from None
-
-
-def read_tensors(file):
-    """Name -> tensor of one small safetensors file."""
-    try:
-        return load_file(file)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"cannot read {file}: {e} (is it there, and whole?)") from None
 
@@ -55,7 +50,8 @@ def load_weights(model, path):
     shapes = {name: handles[file].get_slice(name).get_shape() for name, file in files.items()
               if not name.endswith("rotary_emb.inv_freq")}  # old files keep this derived buffer
     wanted = {("" if n.startswith("lm_head") else "model.") + n: p for n, p in model.named_parameters()}
-    if model.config.tie_word_embeddings and "lm_head.weight" in shapes:  # written out by some, though tied
+    if model.config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= set(shapes):
+        # written out by some, though tied
         a, b = (handles[files[n]].get_tensor(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
         if not torch.equal(a, b):
             raise ValueError(f"{path}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight")
@@ -63,7 +59,8 @@ def load_weights(model, path):
     check_tensors(shapes, {name: list(p.shape) for name, p in wanted.items()}, path)
     del handles
     with torch.no_grad():
-        for name, parameter in wanted.items():
+        # the largest first, while the model's own memory is still untouched: its mapped pages come on top
+        for name, parameter in sorted(wanted.items(), key=lambda item: -item[1].numel()):
             # opened anew for each tensor: closing gives the mapped pages back, so that memory stays near 1x
             parameter.copy_(open_weights(files[name]).get_tensor(name))
 
@@ -86,6 +83,42 @@ def weights_hash(path):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def write_adapter(folder, tensors, info):
+    """flag.safetensors and flag.json in `folder`, each by a temporary name and a rename."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "flag.safetensors.tmp")
+    (folder / "flag.json.tmp").write_text(json.dumps(info, indent=1), encoding="utf-8")
+    for name in ("flag.safetensors", "flag.json"):
+        os.replace(folder / f"{name}.tmp", folder / name)
+
+
+def read_adapter(folder, weights, force=False):
+    """(tensors, info) of an adapter; ValueError where it is missing or damaged, or, unless `force`, where the weights
+    in the folder `weights` are not those that it was trained on."""
+    folder = Path(folder)
+    if not (folder / "flag.json").is_file():
+        raise ValueError(f"no adapter in {folder}: flag.json is missing; train one first (python train.py --init "
+                         "llama) or name its folder")
+    info = read_json(folder / "flag.json")
+    number = lambda x: isinstance(x, (int, float))
+    good = {"n_flags": lambda x: isinstance(x, int) and x >= 1, "rank": lambda x: isinstance(x, int) and x >= 0,
+            "alpha": number, "threshold": lambda x: x is None or number(x), "base_sha256": lambda x: isinstance(x, str)}
+    problems = [f"lacks {k}" if k not in info else f"{k} is {info[k]!r}" for k, right in good.items()
+                if k not in info or not right(info[k])]
+    if problems:
+        raise ValueError(f"{folder / 'flag.json'}: " + ", ".join(problems))
+    seen = weights_hash(weights)
+    if seen != info["base_sha256"] and not force:
+        raise ValueError(f"the adapter in {folder} was trained on other base weights (SHA-256 {info['base_sha256'][:12]}"
+                         f"..., these have {seen[:12]}...): name the folder of those weights, or pass --force / "
+                         "force=True")
+    try:
+        return load_file(folder / "flag.safetensors"), info
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"cannot read {folder / 'flag.safetensors'}: {e} (is it there, and whole?)") from None
 
 
 def pick_device():

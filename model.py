@@ -9,18 +9,16 @@ Shapes: B rows, T new tokens, S cached tokens, C hidden, H query heads, K key/va
 V words of the checkpoint, F flags (n_flags). The flags' ids are V .. V+F-1.
 """
 import contextlib
-import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
-from checkpoint import check_tensors, load_weights, pick_device, pick_dtype, read_json, read_tensors, weights_hash
+from checkpoint import (check_tensors, load_weights, pick_device, pick_dtype, read_adapter, read_json, weights_hash,
+                        write_adapter)
 
 
 # ------------------------------------------------------------------------------------------------- config
@@ -54,8 +52,11 @@ class LlamaConfig:
             problems.append(f"model_type {kind!r} (supported: llama, qwen2, mistral)")
         if act != "silu":
             problems.append(f"hidden_act {act!r} (supported: silu)")
-        max_len = d.get("max_position_embeddings", 2048)
-        problems += sliding_window_problems(d, kind, max_len)
+        optional = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
+        wrong = [f"{name} is {d[name]!r}, wanted a whole number above 0" for name in optional
+                 if d.get(name) is not None and (not isinstance(d[name], int) or d[name] < 1)]
+        max_len = d.get("max_position_embeddings") or 2048
+        problems += wrong or sliding_window_problems(d, kind, max_len)
         rope, rope_problems = read_rope(d)
         problems += rope_problems
         heads = d.get("num_attention_heads") or 1
@@ -75,7 +76,7 @@ class LlamaConfig:
 
 def sliding_window_problems(d, kind, max_len):
     """A window as long as the context, or one that is switched off (Qwen2), never bites and is let through."""
-    window = d.get("sliding_window", 4096 if kind == "mistral" else None)  # 4096: transformers' default for Mistral
+    window = d.get("sliding_window", 4096)  # transformers' default for Mistral and Qwen2
     if kind == "qwen2" and not d.get("use_sliding_window", False):
         window = None
     if kind == "llama" or window is None or window >= max_len:
@@ -85,14 +86,19 @@ def sliding_window_problems(d, kind, max_len):
 
 def read_rope(d):
     """(rope settings, problems): `rope_parameters` is transformers 5's spelling, `rope_theta` + `rope_scaling` 4's."""
-    rope = dict(d.get("rope_parameters") or d.get("rope_scaling") or {})
+    rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        return {}, [f"rope_parameters or rope_scaling is {rope!r}, wanted an object"]
+    rope = dict(rope)
     rope.setdefault("rope_theta", d.get("rope_theta", 10000.0))
     rope["rope_type"] = kind = rope.get("rope_type") or rope.get("type") or "default"
     needed = {"default": (), "linear": ("factor",), "llama3": (
         "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
     if kind not in needed:
         return rope, [f"RoPE type {kind!r} (supported: {', '.join(needed)})"]
-    problems = [f"RoPE type {kind} without {name}" for name in needed[kind] if name not in rope]
+    problems = [f"RoPE type {kind} with {name} = {rope.get(name)!r}, wanted a number above 0"
+                for name in ("rope_theta", *needed[kind])
+                if not isinstance(rope.get(name), (int, float)) or rope[name] <= 0]
     if rope.get("partial_rotary_factor", d.get("partial_rotary_factor", 1.0)) != 1.0:
         problems.append("partial_rotary_factor other than 1")
     return rope, problems
@@ -387,41 +393,24 @@ class Llama(nn.Module):
 
     def save_flag(self, folder, **info):
         """Writes flag.safetensors (LoRA and flag rows) and flag.json: `info`, threshold, base weights' hash."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        rank = len(self.layers[0].self_attn.q_proj.lora_A) if self.layers[0].self_attn.q_proj.lora_on else 0
-        scale = self.layers[0].self_attn.q_proj.lora_scale if rank else 0.0
-        info = {"n_flags": self.n_flags, "rank": rank, "alpha": scale * rank, "threshold": self.threshold,
-                "base_sha256": weights_hash(self.path)} | info
-        tensors = {n: p.detach().cpu().contiguous() for n, p in self.flag_parameters().items()}
-        save_file(tensors, folder / "flag.safetensors.tmp")
-        (folder / "flag.json.tmp").write_text(json.dumps(info, indent=1), encoding="utf-8")
-        for name in ("flag.safetensors", "flag.json"):
-            os.replace(folder / f"{name}.tmp", folder / name)
+        if self.merged:
+            raise ValueError("the adapter is merged into the weights: there is no LoRA left to save")
+        layer = self.layers[0].self_attn.q_proj
+        rank = len(layer.lora_A) if layer.lora_on else 0
+        info = {"n_flags": self.n_flags, "rank": rank, "alpha": layer.lora_scale * rank if rank else 0.0,
+                "threshold": self.threshold, "base_sha256": weights_hash(self.path)} | info
+        write_adapter(folder, {n: p.detach().cpu().contiguous() for n, p in self.flag_parameters().items()}, info)
 
     def load_flag(self, folder, force=False):
         """Adds the adapter that training saved in `folder`, sets self.threshold, and returns flag.json's content.
 
         Raises ValueError where it is missing, damaged, or was trained on other base weights (unless `force`).
         """
-        folder = Path(folder)
-        if not (folder / "flag.json").is_file():
-            raise ValueError(f"no adapter in {folder}: flag.json is missing; train one first (python train.py --init "
-                             "llama) or name its folder")
-        info = read_json(folder / "flag.json")
-        missing = [k for k in ("n_flags", "rank", "alpha", "threshold", "base_sha256") if k not in info]
-        if missing:
-            raise ValueError(f"{folder / 'flag.json'} lacks {', '.join(missing)}")
-        seen = weights_hash(self.path)
-        if seen != info["base_sha256"] and not force:
-            raise ValueError(f"the adapter in {folder} was trained on other base weights (SHA-256 "
-                             f"{info['base_sha256'][:12]}..., these have {seen[:12]}...): name the folder of those "
-                             "weights, or pass --force / force=True")
-        tensors = read_tensors(folder / "flag.safetensors")
+        tensors, info = read_adapter(folder, self.path, force)
         self.add_flag(info["n_flags"], info["rank"], info["alpha"])
         wanted = self.flag_parameters()
         check_tensors({n: list(t.shape) for n, t in tensors.items()}, {n: list(p.shape) for n, p in wanted.items()},
-                      folder / "flag.safetensors")
+                      Path(folder) / "flag.safetensors")
         with torch.no_grad():
             for name, parameter in wanted.items():
                 parameter.copy_(tensors[name])

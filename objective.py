@@ -20,7 +20,7 @@ What a harmful answer y_0 .. y_n-1 looks like, its flag inserted before y_3 (off
     supervised   words   flag   flag   flag   after  after  after
                          words  words  words
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,10 @@ class Example:
     @property
     def n_answer(self):
         return len(self.ids) - self.n_prompt
+
+    def cut(self, n_answer):
+        """The example with at most n_answer tokens of its answer."""
+        return replace(self, ids=self.ids[:self.n_prompt + n_answer])
 
 
 def make_example(tok, record, max_answer, context):

@@ -63,7 +63,7 @@ class Tokenizer:
         if file is None:
             raise ValueError(f"no tokenizer.json or tokenizer.model in {path}")
         parts = read_tiktoken(file) if file.suffix == ".model" else read_tokenizer_json(file)
-        n_tokens = 1 + max(*parts["special"].values(), max(parts.get("ids") or parts["ranks"].values()))
+        n_tokens = 1 + max([*parts["special"].values(), *(parts.get("ids") or parts["ranks"].values())])
         config = folder / "config.json"
         n_rows = read_json(config).get("vocab_size", n_tokens) if config.is_file() else n_tokens
         if n_rows < n_tokens:
@@ -77,8 +77,9 @@ class Tokenizer:
         text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
-        ranks = self.bpe.encode_ordinary(text)
-        if self.missing and ranks and max(ranks) >= self.first_missing:
+        # tiktoken's regex engine panics at a million whitespace characters in a row, so long texts are cut here
+        ranks = self.bpe.encode_ordinary(text) if len(text) < 500_000 else None
+        if ranks is None or self.missing and ranks and max(ranks) >= self.first_missing:
             ranks = self.encode_without_missing(text)
         return [self.ids[r] for r in ranks] if self.ids else ranks
 
@@ -127,7 +128,7 @@ class Tokenizer:
             answer = message["role"] == "assistant"
             add(header)
             add(content, answer)
-            if message not in open_turn:
+            if not open_turn or message is not open_turn[0]:  # not by value: it may have been said before
                 add(end, answer)
                 add(gap)
         return ids, mask
@@ -162,6 +163,8 @@ def read_tiktoken(path):
     try:
         pairs = (line.split() for line in path.read_bytes().splitlines() if line)
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        if not ranks:
+            raise ValueError
     except ValueError:
         raise ValueError(f"{path} is not in tiktoken's format (base64 token and rank on each line); SentencePiece "
                          "models (Llama 2, Mistral) are not supported") from None
@@ -189,16 +192,23 @@ def read_tokenizer_json(path):
         raise ValueError(f"{path}: normalizer {normalizer!r} is not supported (only NFC)")
     to_byte = {c: b for b, c in byte_alphabet().items()}
     to_bytes = lambda token: bytes(to_byte[c] for c in token)
-    vocab = model["vocab"]
+    vocab, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
+        raise ValueError(f"{path}: a BPE model without vocab or merges")
     # ranks count single bytes first and then the merges in their order, which is what decides between merges
     ranks, ids = {}, []
     tokens = [c for c in to_byte if c in vocab]
-    tokens += ["".join(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    tokens += ["".join(m.split(" ") if isinstance(m, str) else m) for m in merges]
     for token in tokens:
+        if token not in vocab or not set(token) <= set(to_byte):
+            raise ValueError(f"{path}: a merge makes {token!r}, which is not in the vocab or not byte-level")
         if to_bytes(token) not in ranks:
             ranks[to_bytes(token)] = len(ranks)
             ids.append(vocab[token])
     special = {t["content"]: t["id"] for t in d.get("added_tokens", [])}
+    unmade = set(vocab) - set(tokens) - set(special)
+    if unmade:
+        raise ValueError(f"{path}: tokens that no merge makes are not supported: {sorted(unmade)[:5]}")
     return {"ranks": ranks, "ids": ids, "pattern": read_pattern(d.get("pre_tokenizer"), path), "special": special,
             "nfc": normalizer == "NFC"}
 

@@ -39,26 +39,28 @@ class TrainConfig:
     out: str = option("out", "folder to write")
     fresh: bool = option(False, "begin anew, though --out holds an unfinished run")
     # how long
-    steps: int = option(90, "optimizer steps")
-    batch: int = option(16, "answers a step")
+    steps: int = option(56, "optimizer steps")
+    batch: int = option(24, "answers a step")
     micro_batch: int = option(8, "answers that go through the model at once; less memory, same result")
-    max_answer: int = option(96, "tokens of each answer that are trained on")
+    max_answer: int = option(64, "answers are cut to at most so many tokens")
+    min_answer: int = option(8, "in training each is cut at a random length from this up, short ones more often")
     # the objective, see objective.py
-    benign: float = option(1.0, "weight of L_benign")
-    flag: float = option(0.3, "weight of L_flag")
-    after: float = option(0.3, "weight of L_after")
-    words: float = option(1.0, "weight of L_words")
+    benign: float = option(2.0, "weight of L_benign")
+    flag: float = option(1.0, "weight of L_flag")
+    after: float = option(0.02, "weight of L_after")
+    words: float = option(2.0, "weight of L_words")
     positions: str = option("all", "flag targets: all from the offset to the insertion, or one, at the insertion")
     offset: int = option(0, "first answer position that may be asked for the flag (k): evidence seen before it")
     after_loss: str = option("kl", "kl to the original model behind the flag, or ce on the answer's own words")
     # the adapter
     rank: int = option(16, "of LoRA; 0 trains the unembedding row alone, a linear probe")
     alpha: float = option(32.0, "LoRA is scaled by alpha / rank")
-    lr: float = option(5e-4, "peak learning rate of LoRA")
-    flag_lr: float = option(1e-3, "peak learning rate of the flag's rows")
+    lr: float = option(4e-4, "peak learning rate of LoRA")
+    flag_lr: float = option(3e-5, "peak learning rate of the flag's rows, which start fitted")
     warmup: int = option(5, "steps until the peak")
     clip: float = option(1.0, "gradient norm at most")
-    start_records: int = option(320, "answers that the flag row's start is fitted on; 0: start at zero")
+    average: float = option(0.5, "the adapter kept is the mean over this share of the steps, the last ones; 0: the last")
+    start_answer: int = option(16, "tokens of each answer that the flag row's start is fitted on; 0: start at zero")
     # the rest
     fpr: float = option(0.01, "benign answers that may be flagged, for the threshold")
     save_every: int = option(10, "steps between checkpoints")
@@ -71,15 +73,18 @@ class TrainConfig:
                    "dtype": ("auto", "float32", "bfloat16")}
         problems = [f"--{k.replace('_', '-')} is {getattr(self, k)!r}, wanted {' or '.join(v)}"
                     for k, v in choices.items() if getattr(self, k) not in v]
-        least = {"steps": 1, "batch": 1, "micro_batch": 1, "max_answer": 1, "save_every": 1, "rank": 0, "offset": 0,
-                 "warmup": 0, "start_records": 0, "benign": 0, "flag": 0, "after": 0, "words": 0, "lr": 0, "flag_lr": 0}
+        least = {"steps": 1, "batch": 1, "micro_batch": 1, "max_answer": 1, "min_answer": 1, "save_every": 1, "rank": 0, "offset": 0,
+                 "warmup": 0, "start_answer": 0, "benign": 0, "flag": 0, "after": 0, "words": 0, "lr": 0, "flag_lr": 0}
         problems += [f"--{k.replace('_', '-')} is {getattr(self, k)}, wanted {v} or more"
                      for k, v in least.items() if not getattr(self, k) >= v]
         problems += [f"--{k} is {getattr(self, k)}, wanted above 0" for k in ("clip", "alpha") if not getattr(self, k) > 0]
+        if not 0 <= self.average <= 1:
+            problems.append(f"--average is {self.average}, wanted from 0 to 1")
         if not 0 < self.fpr < 1:
             problems.append(f"--fpr is {self.fpr}, wanted between 0 and 1")
-        if self.offset >= self.max_answer:
-            problems.append(f"--offset {self.offset} leaves no position in answers of --max-answer {self.max_answer}")
+        if not self.offset < self.min_answer <= self.max_answer:
+            problems.append(f"--offset {self.offset}, --min-answer {self.min_answer}, --max-answer {self.max_answer}: "
+                            "wanted offset < min-answer <= max-answer")
         return problems
 
 
@@ -121,7 +126,7 @@ def start_flag_rows(model, examples, offset):
 
     def loss():
         nll = F.binary_cross_entropy_with_logits(H @ w - lse, y)
-        return nll + 1e-3 * (w - start).pow(2).sum() / start.pow(2).sum()  # many positions, but few answers
+        return nll + 1e-2 * (w - start).pow(2).sum()  # many positions, but few answers
 
     def closure():
         optimizer.zero_grad()
@@ -147,14 +152,20 @@ def learning_rate(step, steps, warmup):
 
 
 def step_layouts(examples, step, config, flag_id):
-    """The step's Layouts, shortest first, so that a micro-batch holds answers of like length. Order and insertions
-    depend on seed and step alone: that is all the state a resumed run needs."""
-    n, layouts = len(examples), []
+    """The step's Layouts, shortest first, so that a micro-batch holds answers of like length.
+
+    Each answer is cut at a length drawn log-uniformly from min_answer to max_answer: what tells harm from harmless
+    is mostly said early, and short answers leave time for more of them. Order, cuts and insertions depend on seed and
+    step alone: that is all the state a resumed run needs.
+    """
+    layouts = []
     for k in range(step * config.batch, (step + 1) * config.batch):
-        epoch, place = divmod(k, n)
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
+        epoch, place = divmod(k, len(examples))
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
         example = examples[order[place]]
-        draw = torch.rand((), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k)).item()
+        cut, draw = torch.rand(2, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k)).tolist()
+        length = round(config.min_answer * (config.max_answer / config.min_answer) ** cut)
+        example = example.cut(length)
         first = min(config.offset, example.n_answer - 1)
         insert_at = first + int(draw * (example.n_answer - first))  # uniform in first .. n_answer - 1
         layouts.append(lay_out(example, insert_at, flag_id, config.offset, config.positions))
@@ -187,16 +198,18 @@ def make_optimizer(model, config):
 
 
 def train(model, examples, config, flag_id, out):
-    """Runs the steps that are left, a log line each, a checkpoint every few."""
+    """Runs the steps that are left, a log line each, a checkpoint every few. At a rate high enough to learn in so few
+    steps f swings up and down as a whole; the mean of the last steps' weights does not."""
     optimizer = make_optimizer(model, config)
-    first = load_checkpoint(model, optimizer, config, out)
-    if first == 0 and config.start_records:
+    mean = {n: torch.zeros_like(p) for n, p in model.flag_parameters().items()}  # of the last steps' weights
+    averaged = range(min(config.steps - 1, round(config.steps * (1 - config.average))), config.steps)
+    first = load_checkpoint(model, optimizer, mean, config, out)
+    if first == 0 and config.start_answer:
         began = time.perf_counter()
-        some = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed))[:config.start_records]
-        nll = start_flag_rows(model, [examples[i] for i in some], config.offset)
-        say(f"flag row fitted on {len(some)} answers: cross-entropy {nll:.3f} nats, {time.perf_counter() - began:.0f} s")
+        nll = start_flag_rows(model, [e.cut(config.start_answer) for e in examples], config.offset)
+        say(f"flag row fitted on {len(examples)} answers: cross-entropy {nll:.3f} nats, {time.perf_counter() - began:.0f} s")
     if first == 0:
-        save_checkpoint(model, optimizer, config, out, 0)
+        save_checkpoint(model, optimizer, mean, config, out, 0)
     cut_log(out, first)
     began = time.perf_counter()
     for step in range(first, config.steps):
@@ -205,6 +218,9 @@ def train(model, examples, config, flag_id, out):
             group["lr"] = group["peak"] * learning_rate(step, config.steps, config.warmup)
         layouts = step_layouts(examples, step, config, flag_id)
         terms, norm, n_supervised = train_step(model, optimizer, layouts, config)
+        if step in averaged:
+            for n, p in model.flag_parameters().items():
+                mean[n] += p.detach() / len(averaged)
         now = time.perf_counter()
         log_step(out, config, {
             "step": step + 1, "loss": sum(getattr(config, t) * (v or 0) for t, v in terms.items()), **terms,
@@ -212,7 +228,10 @@ def train(model, examples, config, flag_id, out):
             "tokens_per_s": sum(len(x.ids) for x in layouts) / (now - start),
             "left_s": (now - began) / (step + 1 - first) * (config.steps - step - 1)})
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            save_checkpoint(model, optimizer, config, out, step + 1)
+            save_checkpoint(model, optimizer, mean, config, out, step + 1)
+    with torch.no_grad():
+        for n, p in model.flag_parameters().items():
+            p.copy_(mean[n])
 
 
 def log_step(out, config, r):
@@ -244,14 +263,14 @@ def run_id(config):
     return settings | {"records": hashlib.sha256(Path(config.train).read_bytes()).hexdigest()}
 
 
-def save_checkpoint(model, optimizer, config, out, step):
-    state = {"step": step, "run": run_id(config), "optimizer": optimizer.state_dict(),
+def save_checkpoint(model, optimizer, mean, config, out, step):
+    state = {"step": step, "run": run_id(config), "optimizer": optimizer.state_dict(), "mean": mean,
              "parameters": {n: p.detach() for n, p in model.flag_parameters().items()}}
     torch.save(state, out / "checkpoint.pt.tmp")
     os.replace(out / "checkpoint.pt.tmp", out / "checkpoint.pt")
 
 
-def load_checkpoint(model, optimizer, config, out):
+def load_checkpoint(model, optimizer, mean, config, out):
     """Restores an unfinished run of the same settings; returns its step, 0 where there is none."""
     path = out / "checkpoint.pt"
     if config.fresh or not path.exists():
@@ -267,6 +286,7 @@ def load_checkpoint(model, optimizer, config, out):
     with torch.no_grad():
         for name, parameter in model.flag_parameters().items():
             parameter.copy_(state["parameters"][name])
+            mean[name].copy_(state["mean"][name])
     optimizer.load_state_dict(state["optimizer"])
     say(f"going on after step {state['step']} of {config.steps}")
     return state["step"]

@@ -15,7 +15,7 @@ from cli import parse
 from objective import make_example
 from train import TrainConfig, learning_rate, start_flag_rows, step_layouts
 
-SMALL = {"steps": 6, "batch": 4, "micro-batch": 2, "max-answer": 12, "save-every": 2, "start-records": 6, "rank": 2,
+SMALL = {"steps": 6, "batch": 4, "micro-batch": 2, "max-answer": 12, "save-every": 2, "start-answer": 6, "rank": 2,
          "lr": 0.01, "dtype": "float32", "device": "cpu"}
 
 
@@ -129,7 +129,7 @@ def test_the_flag_rows_start_lowers_the_cross_entropy_and_keeps_f_calibrated(mod
 def test_each_record_comes_once_an_epoch_and_insertions_vary(tok):
     examples = [make_example(tok, dict(prompt=f"p{i}", response="abcdefgh", opening="", label="harmful"), 9, 255)
                 for i in range(8)]
-    config = dataclasses.replace(TrainConfig(), batch=4)
+    config = dataclasses.replace(TrainConfig(), batch=4, min_answer=20, max_answer=20)
     steps = [step_layouts(examples, s, config, tok.flag_id) for s in range(40)]
     for epoch in range(20):
         seen = [tuple(x.reference_ids) for s in steps[2 * epoch:2 * epoch + 2] for x in s]
@@ -138,6 +138,15 @@ def test_each_record_comes_once_an_epoch_and_insertions_vary(tok):
     places = [x.ids.index(tok.flag_id) - examples[0].n_prompt for s in steps for x in s]
     assert set(places) == set(range(n))
     assert scipy.stats.chisquare(np.bincount(places, minlength=n)).pvalue > 1e-4  # uniform
+
+
+def test_answers_are_cut_at_log_uniform_lengths(tok):
+    record = dict(prompt="p", response="a" * 200, opening="", label="benign")
+    examples = [make_example(tok, record, 64, 255)]
+    config = dataclasses.replace(TrainConfig(), batch=1, min_answer=8, max_answer=64)
+    lengths = [len(step_layouts(examples, s, config, tok.flag_id)[0].at) for s in range(400)]
+    assert min(lengths) == 8 and max(lengths) == 64
+    assert scipy.stats.kstest(np.log2(lengths), "uniform", args=(3, 3)).pvalue > 1e-3
 
 
 def test_the_learning_rate_is_never_zero_and_peaks_after_the_warm_up():
