@@ -4,7 +4,7 @@ import math
 import numpy as np
 import torch
 
-from objective import decompose, flag_prob, pad
+from objective import decompose, flag_prob, read
 
 
 def conformal_threshold(benign_scores, alpha):
@@ -34,13 +34,13 @@ def score(model, examples, batch=16, chunk=512):
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     found = [None] * len(examples)
     for part in (order[i:i + batch] for i in range(0, len(order), batch)):
-        ids = pad([examples[i].ids for i in part], model.inv_freq.device)
+        ids = [examples[i].ids for i in part]
         spans = [slice(examples[i].n_prompt - 1, len(examples[i].ids) - 1) for i in part]
         take = lambda hidden: torch.cat([h[s] for h, s in zip(hidden, spans)]).split(chunk)         # (n, C) each
         with model.flag_off():
-            reference = take(model(ids))
+            reference = take(read(model, ids))
         results = []
-        for h, h0 in zip(take(model(ids)), reference):
+        for h, h0 in zip(take(read(model, ids)), reference):
             with model.flag_off():
                 reference_words = model.logits(h0)                                                  # (n, V)
             words, flags = model.split_logits(h)

@@ -170,13 +170,13 @@ def rotate(x, cos, sin):
 
 def attend(q, k, v, mask):
     """Attention of q (B, H, T, D) to k, v (B, K, S+T, D); mask None is plainly causal."""
-    if q.device.type == "cpu" and torch.is_grad_enabled() and mask is None:
+    if q.device.type == "cpu" and torch.is_grad_enabled():
         # on a CPU the fused kernel's backward takes three times as long as that of the formula itself
         H, T, D = q.shape[1:]
         k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
-        scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(D)                   # (B, H, T, T)
-        scores = scores + torch.full((T, T), float("-inf")).triu(1)
-        return scores.softmax(-1).to(q.dtype) @ v
+        scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(D)                   # (B, H, T, S+T)
+        visible = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask
+        return scores.masked_fill(~visible, float("-inf")).softmax(-1).to(q.dtype) @ v
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
 

@@ -20,6 +20,7 @@ What a harmful answer y_0 .. y_n-1 looks like, its flag inserted before y_3 (off
     supervised   words   flag   flag   flag   after  after  after
                          words  words  words
 """
+import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -110,6 +111,41 @@ def pad(rows, device):
     return torch.tensor([r + [0] * (width - len(r)) for r in rows], device=device)
 
 
+class Prefix:
+    """A cache for training: the beginning that all rows share, read once, by one row; then the rows go on from it.
+
+    Keys and values keep their graph, so gradients are those of reading it in every row. With a chat template's
+    system text at the head of every prompt this saves a third of the work.
+    """
+
+    def __init__(self, device):
+        self.k, self.v, self.longest, self.device = {}, {}, 0, device
+
+    def positions(self, n_new):
+        return self.longest + torch.arange(n_new, device=self.device)[None]         # (1, T)
+
+    def write(self, layer, k, v):
+        if layer not in self.k:
+            self.k[layer], self.v[layer] = k, v
+            return k, v
+        shared = lambda x: x[layer].expand(len(k), -1, -1, -1)
+        return torch.cat([shared(self.k), k], dim=2), torch.cat([shared(self.v), v], dim=2)
+
+    def advance(self, n_new):
+        self.longest = self.longest or n_new
+
+
+def read(model, rows):
+    """Final hidden states, a (len, C) for each of the rows (lists of ids); their common beginning is read once."""
+    n = len(os.path.commonprefix(rows)) if len(rows) > 1 else 0
+    n = min(n, min(map(len, rows)) - 1)  # each row goes on by one token at least
+    device, prefix = model.inv_freq.device, Prefix(model.inv_freq.device)
+    head = model(torch.tensor([rows[0][:n]], device=device), prefix)[0] if n else None              # (n, C)
+    rest = model(pad([r[n:] for r in rows], device), prefix if n else None)                         # (B, T, C)
+    ends = [h[:len(r) - n] for r, h in zip(rows, rest)]
+    return [torch.cat([head, h]) for h in ends] if n else ends
+
+
 def backward(model, layouts, weights, after="kl", chunk=256):
     """Adds the gradient of one micro-batch of Layouts to the parameters; returns the sum of each term (len(TERMS),).
 
@@ -121,9 +157,8 @@ def backward(model, layouts, weights, after="kl", chunk=256):
     device = model.embed_tokens.weight.device
     gather = lambda hidden, ats: torch.cat([h[at] for h, at in zip(hidden, ats)])                   # (N, C)
     with torch.no_grad(), model.flag_off():
-        reference = model(pad([x.reference_ids for x in layouts], device))                          # (B, T, C)
-        reference = gather(reference, [x.reference_at for x in layouts])
-    hidden = gather(model(pad([x.ids for x in layouts], device)), [x.at for x in layouts])
+        reference = gather(read(model, [x.reference_ids for x in layouts]), [x.reference_at for x in layouts])
+    hidden = gather(read(model, [x.ids for x in layouts]), [x.at for x in layouts])
     term = torch.tensor([t for x in layouts for t in x.term], device=device)                        # (N,)
     target = torch.tensor([t for x in layouts for t in x.target], device=device)
     sums, leaf = torch.zeros(len(TERMS), device=device), hidden.detach().requires_grad_()

@@ -24,7 +24,7 @@ from calibrate import evaluate, print_table
 from cli import option, parse, run
 from data.prepare import read_records
 from model import Llama
-from objective import TERMS, backward, lay_out, make_example, pad
+from objective import TERMS, backward, lay_out, make_example, read
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -97,7 +97,7 @@ def hidden_states(model, examples, batch=16):
     found = [None] * len(examples)
     with model.flag_off():
         for part in (order[i:i + batch] for i in range(0, len(order), batch)):
-            for i, h in zip(part, model(pad([examples[i].ids for i in part], model.inv_freq.device))):
+            for i, h in zip(part, read(model, [examples[i].ids for i in part])):
                 e = examples[i]
                 found[i] = h[e.n_prompt - 1:e.n_prompt - 1 + e.n_answer].float()
     return found
@@ -124,21 +124,19 @@ def start_flag_rows(model, examples, offset):
     start = torch.linalg.solve(H.T @ H + ridge, H.T @ lse)
     w = start.clone().requires_grad_()
 
-    def loss():
-        nll = F.binary_cross_entropy_with_logits(H @ w - lse, y)
-        return nll + 1e-2 * (w - start).pow(2).sum()  # many positions, but few answers
+    cross_entropy = lambda: F.binary_cross_entropy_with_logits(H @ w - lse, y)
 
     def closure():
         optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        return value
+        loss = cross_entropy() + 1e-2 * (w - start).pow(2).sum()  # many positions, but few answers
+        loss.backward()
+        return loss
 
     optimizer = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
     optimizer.step(closure)
     with torch.no_grad():
         model.flag_unembed.copy_(w.expand_as(model.flag_unembed))
-        return float(loss())
+        return cross_entropy().item()
 
 
 # ------------------------------------------------------------------------------------------------ the loop

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from objective import (TERMS, Example, backward, decompose, flag_prob, lay_out, make_example, pad,
-                       position_losses)
+                       position_losses, read)
 
 BENIGN, FLAG, AFTER, WORDS = range(4)
 RF = 272  # the tiny model's flag
@@ -158,6 +158,20 @@ def test_micro_batches_and_chunks_add_up_to_one_batch(flagged):
 def test_only_the_adapter_gets_gradients(flagged):
     backward(flagged, layouts(), torch.ones(len(TERMS)))
     assert {n for n, p in flagged.named_parameters() if p.grad is not None} == set(flagged.flag_parameters())
+
+
+def test_a_common_beginning_is_read_once_with_the_same_states_and_gradients(flagged):
+    rows = [[5, 6, 7, 8, 9], [5, 6, 7, 20], [5, 6, 7, 8, 30, 31, 32]]
+    grads = []
+    for states in (read(flagged, rows), [flagged(torch.tensor([r]))[0] for r in rows]):
+        flagged.zero_grad()
+        loss = sum((h * torch.arange(1, h.numel() + 1).view_as(h).sin()).sum() for h in states)
+        loss.backward()
+        grads.append([loss.detach(), *states, *(p.grad.clone() for p in flagged.flag_parameters().values() if p.grad is not None)])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():  # rows that are equal, and a row alone
+        torch.testing.assert_close(read(flagged, [rows[0]] * 2)[1], grads[0][1], rtol=1e-3, atol=1e-4)
 
 
 def test_padding_is_on_the_right():

@@ -123,7 +123,7 @@ def test_the_flag_rows_start_lowers_the_cross_entropy_and_keeps_f_calibrated(mod
     nll = start_flag_rows(model, examples, 0)
     f = [(e.label == "harmful", x) for e, s in zip(examples, score(model, examples)) for x in s["f"]]
     measured = -np.mean([np.log(x if y else 1 - x) for y, x in f])
-    assert measured < 0.3 and abs(measured - nll) < 0.1  # 0.69: a coin
+    assert measured < 0.5 and abs(measured - nll) < 0.01  # a coin: 0.69
 
 
 def test_each_record_comes_once_an_epoch_and_insertions_vary(tok):
