@@ -39,15 +39,15 @@ class TrainConfig:
     out: str = option("out", "folder to write")
     fresh: bool = option(False, "begin anew, though --out holds an unfinished run")
     # how long
-    steps: int = option(56, "optimizer steps")
+    steps: int = option(80, "optimizer steps")
     batch: int = option(24, "answers a step")
     micro_batch: int = option(8, "answers that go through the model at once; less memory, same result")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
     min_answer: int = option(8, "in training each is cut at a random length from this up, short ones more often")
     # the objective, see objective.py
-    benign: float = option(2.0, "weight of L_benign")
+    benign: float = option(3.0, "weight of L_benign")
     flag: float = option(1.0, "weight of L_flag")
-    after: float = option(0.02, "weight of L_after")
+    after: float = option(0.05, "weight of L_after")
     words: float = option(2.0, "weight of L_words")
     positions: str = option("all", "flag targets: all from the offset to the insertion, or one, at the insertion")
     offset: int = option(0, "first answer position that may be asked for the flag (k): evidence seen before it")
@@ -55,7 +55,7 @@ class TrainConfig:
     # the adapter
     rank: int = option(16, "of LoRA; 0 trains the unembedding row alone, a linear probe")
     alpha: float = option(32.0, "LoRA is scaled by alpha / rank")
-    lr: float = option(4e-4, "peak learning rate of LoRA")
+    lr: float = option(2e-4, "peak learning rate of LoRA")
     flag_lr: float = option(3e-5, "peak learning rate of the flag's rows, which start fitted")
     warmup: int = option(5, "steps until the peak")
     clip: float = option(1.0, "gradient norm at most")
