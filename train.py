@@ -43,19 +43,20 @@ class TrainConfig:
     batch: int = option(24, "answers a step")
     micro_batch: int = option(8, "answers that go through the model at once; less memory, same result")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
-    min_answer: int = option(8, "in training each is cut at a random length from this up, short ones more often")
+    min_answer: int = option(4, "in training each is cut at a random length from this up, short ones more often")
     # the objective, see objective.py
-    benign: float = option(3.0, "weight of L_benign")
+    benign: float = option(10.0, "weight of L_benign")
     flag: float = option(1.0, "weight of L_flag")
     after: float = option(0.05, "weight of L_after")
     words: float = option(2.0, "weight of L_words")
+    early: float = option(2.0, "the flag's insertion comes behind answer token t with chance (t + 1)^-early; 0: uniform")
     positions: str = option("all", "flag targets: all from the offset to the insertion, or one, at the insertion")
     offset: int = option(0, "first answer position that may be asked for the flag (k): evidence seen before it")
     after_loss: str = option("kl", "kl to the original model behind the flag, or ce on the answer's own words")
     # the adapter
     rank: int = option(16, "of LoRA; 0 trains the unembedding row alone, a linear probe")
     alpha: float = option(32.0, "LoRA is scaled by alpha / rank")
-    lr: float = option(2e-4, "peak learning rate of LoRA")
+    lr: float = option(4e-4, "peak learning rate of LoRA")
     flag_lr: float = option(3e-5, "peak learning rate of the flag's rows, which start fitted")
     warmup: int = option(5, "steps until the peak")
     clip: float = option(1.0, "gradient norm at most")
@@ -74,7 +75,7 @@ class TrainConfig:
         problems = [f"--{k.replace('_', '-')} is {getattr(self, k)!r}, wanted {' or '.join(v)}"
                     for k, v in choices.items() if getattr(self, k) not in v]
         least = {"steps": 1, "batch": 1, "micro_batch": 1, "max_answer": 1, "min_answer": 1, "save_every": 1, "rank": 0, "offset": 0,
-                 "warmup": 0, "start_answer": 0, "benign": 0, "flag": 0, "after": 0, "words": 0, "lr": 0, "flag_lr": 0}
+                 "warmup": 0, "start_answer": 0, "benign": 0, "flag": 0, "after": 0, "words": 0, "early": 0, "lr": 0, "flag_lr": 0}
         problems += [f"--{k.replace('_', '-')} is {getattr(self, k)}, wanted {v} or more"
                      for k, v in least.items() if not getattr(self, k) >= v]
         problems += [f"--{k} is {getattr(self, k)}, wanted above 0" for k in ("clip", "alpha") if not getattr(self, k) > 0]
@@ -103,32 +104,34 @@ def hidden_states(model, examples, batch=16):
     return found
 
 
-def start_flag_rows(model, examples, offset):
-    """Sets the unembedding rows to a linear probe fitted on frozen hidden states; returns its cross-entropy, nats.
+def start_flag_rows(model, examples, config):
+    """Sets the unembedding rows to a linear probe fitted on frozen hidden states; returns its loss, nats.
 
     The unembedding has no bias: log f/(1-f) = w.h - logsumexp(old logits). With w = 0, or the mean of the old rows,
     that is 23 nats off, and the gradient that repairs it wrecks the words first. But logsumexp is nearly linear in
     h, so w starts as its ridge solution, which makes f about 1/2 everywhere, and is then fitted by L-BFGS to f's
-    targets. LoRA is left with what a linear probe cannot see, and its first gradients are small.
+    targets, weighted as in the training to come. LoRA is left with what a linear probe cannot see, and its first
+    gradients are small.
     """
     states = hidden_states(model, examples)
     H = torch.cat(states)                                                                           # (N, C)
     head_dtype, device = model.embed_tokens.weight.dtype, H.device
     with torch.no_grad(), model.flag_off():
         lse = torch.cat([model.logits(h.to(head_dtype)).logsumexp(-1) for h in H.split(256)])       # (N,)
-    pairs = list(zip(examples, states))
-    y = torch.cat([torch.full((len(h),), float(e.label == "harmful")) for e, h in pairs]).to(device)
-    known = torch.cat([(torch.arange(len(h)) >= offset) | (e.label != "harmful") for e, h in pairs]).to(device)
-    H, lse, y = H[known], lse[known], y[known]
+    harmful = torch.cat([torch.full((len(h),), e.label == "harmful") for e, h in zip(examples, states)]).to(device)
+    place = torch.cat([torch.arange(len(h)) for h in states]).to(device) - config.offset                # in the answer
+    share = lambda x: x / x.sum().clamp(min=1e-9)
+    flag_weight = share(harmful * (place >= 0) * (place + 1.0).clamp(min=1).pow(-config.early))
+    weight = config.flag * flag_weight + config.benign * share((~harmful).float())                      # (N,)
     ridge = 1e-3 * H.pow(2).mean() * len(H) * torch.eye(H.shape[1], device=device)
     start = torch.linalg.solve(H.T @ H + ridge, H.T @ lse)
     w = start.clone().requires_grad_()
 
-    cross_entropy = lambda: F.binary_cross_entropy_with_logits(H @ w - lse, y)
+    cross_entropy = lambda: F.binary_cross_entropy_with_logits(H @ w - lse, harmful.float(), weight, reduction="sum")
 
     def closure():
         optimizer.zero_grad()
-        loss = cross_entropy() + 1e-2 * (w - start).pow(2).sum()  # many positions, but few answers
+        loss = cross_entropy() + 2e-5 * (w - start).pow(2).sum()
         loss.backward()
         return loss
 
@@ -165,9 +168,18 @@ def step_layouts(examples, step, config, flag_id):
         length = round(config.min_answer * (config.max_answer / config.min_answer) ** cut)
         example = example.cut(length)
         first = min(config.offset, example.n_answer - 1)
-        insert_at = first + int(draw * (example.n_answer - first))  # uniform in first .. n_answer - 1
+        insert_at = first + insertion(draw, example.n_answer - first, config.early)
         layouts.append(lay_out(example, insert_at, flag_id, config.offset, config.positions))
     return sorted(layouts, key=lambda x: len(x.ids))
+
+
+def insertion(draw, n, early):
+    """Where of n positions the flag goes, of a uniform draw from [0, 1): P(t or later) = (t + 1)^-early, cut at n.
+
+    A prompt says most of what there is to know. With uniform insertions most flag targets lie deep in the answer,
+    where a small model's ramblings say little, and the highest f of an answer, its score, becomes noise.
+    """
+    return int(draw * n) if early == 0 else min(int((1 - draw) ** (-1 / early)) - 1, n - 1)
 
 
 def train_step(model, optimizer, layouts, config):
@@ -204,8 +216,8 @@ def train(model, examples, config, flag_id, out):
     first = load_checkpoint(model, optimizer, mean, config, out)
     if first == 0 and config.start_answer:
         began = time.perf_counter()
-        nll = start_flag_rows(model, [e.cut(config.start_answer) for e in examples], config.offset)
-        say(f"flag row fitted on {len(examples)} answers: cross-entropy {nll:.3f} nats, {time.perf_counter() - began:.0f} s")
+        nll = start_flag_rows(model, [e.cut(config.start_answer) for e in examples], config)
+        say(f"flag row fitted on {len(examples)} answers: loss {nll:.3f} nats, {time.perf_counter() - began:.0f} s")
     if first == 0:
         save_checkpoint(model, optimizer, mean, config, out, 0)
     cut_log(out, first)
