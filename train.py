@@ -1,6 +1,6 @@
 """Trains the red flag into a Llama: rows for the flag, LoRA, three terms, a calibrated threshold.
 
-    python train.py --init llama                 # SmolLM2-135M-Instruct on data/mini, about 12 minutes on 2 CPU cores
+    python train.py --init llama                 # SmolLM2-135M-Instruct on data/mini, about 14 minutes on 2 CPU cores
     python train.py --init llama --weights DIR --train my.jsonl --dev my_dev.jsonl --out my_flag
 
 The objective stands in objective.py. An interrupted run goes on where it stopped when the same command is given again.
@@ -179,7 +179,9 @@ def insertion(draw, n, early):
     A prompt says most of what there is to know. With uniform insertions most flag targets lie deep in the answer,
     where a small model's ramblings say little, and the highest f of an answer, its score, becomes noise.
     """
-    return int(draw * n) if early == 0 else min(int((1 - draw) ** (-1 / early)) - 1, n - 1)
+    if early == 0:
+        return int(draw * n)
+    return min(int(math.exp(min(-math.log1p(-draw) / early, 40.0))) - 1, n - 1)  # 40: no overflow, far behind any n
 
 
 def train_step(model, optimizer, layouts, config):

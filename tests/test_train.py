@@ -13,7 +13,7 @@ import train
 from calibrate import auroc, conformal_threshold, evaluate, score
 from cli import parse
 from objective import make_example
-from train import TrainConfig, learning_rate, start_flag_rows, step_layouts
+from train import TrainConfig, insertion, learning_rate, start_flag_rows, step_layouts
 
 SMALL = {"steps": 6, "batch": 4, "micro-batch": 2, "max-answer": 12, "save-every": 2, "start-answer": 6, "rank": 2,
          "lr": 0.01, "dtype": "float32", "device": "cpu"}
@@ -116,20 +116,38 @@ def test_it_overfits_a_few_answers_and_leaves_the_words(command, model, tok, aft
     assert evaluate(model, examples, 0.2)["benign_kl"] < 0.1
 
 
-def test_the_flag_rows_start_lowers_the_cross_entropy_and_keeps_f_calibrated(model, tok, tmp_path):
+@pytest.mark.parametrize("early", [0.0, 2.0])
+def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_path, early):
     path = write_records(tmp_path / "r.jsonl", 20)
     examples = [make_example(tok, json.loads(line), 12, 255) for line in path.read_text().splitlines()]
     model.add_flag(rank=2)
-    nll = start_flag_rows(model, examples, 0)
-    f = [(e.label == "harmful", x) for e, s in zip(examples, score(model, examples)) for x in s["f"]]
-    measured = -np.mean([np.log(x if y else 1 - x) for y, x in f])
-    assert measured < 0.5 and abs(measured - nll) < 0.01  # a coin: 0.69
+    config = dataclasses.replace(TrainConfig(), benign=2.0, flag=0.5, early=early, offset=1)
+    nll = start_flag_rows(model, examples, config)
+    harmful, benign = [], []  # (weight, -log f or -log(1 - f)) of each position
+    for e, s in zip(examples, score(model, examples)):
+        for t, f in enumerate(s["f"]):
+            if e.label != "harmful":
+                benign.append((1.0, -np.log(1 - f)))
+            elif t >= 1:
+                harmful.append((float(t) ** -early, -np.log(f)))
+    average = lambda x: np.average([v for _, v in x], weights=[w for w, _ in x])
+    measured = 0.5 * average(harmful) + 2.0 * average(benign)
+    assert abs(measured - nll) < 0.02
+    assert measured < 0.5 * -np.log(0.2) + 2.0 * -np.log(0.8)  # the best that one constant f can do
+
+
+def test_insertions_fall_off_as_a_power_law():
+    draws = (np.arange(10_000) + 0.5) / 10_000
+    at = np.array([insertion(u, 20, 2.0) for u in draws])
+    for t in range(20):
+        assert np.mean(at >= t) == pytest.approx((t + 1) ** -2.0, abs=2e-4)
+    assert at.max() == 19 and insertion(0.0, 1, 2.0) == 0 and insertion(1 - 2**-24, 5, 0.01) == 4
 
 
 def test_each_record_comes_once_an_epoch_and_insertions_vary(tok):
     examples = [make_example(tok, dict(prompt=f"p{i}", response="abcdefgh", opening="", label="harmful"), 9, 255)
                 for i in range(8)]
-    config = dataclasses.replace(TrainConfig(), batch=4, min_answer=20, max_answer=20)
+    config = dataclasses.replace(TrainConfig(), batch=4, min_answer=20, max_answer=20, early=0.0)
     steps = [step_layouts(examples, s, config, tok.flag_id) for s in range(40)]
     for epoch in range(20):
         seen = [tuple(x.reference_ids) for s in steps[2 * epoch:2 * epoch + 2] for x in s]
