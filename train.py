@@ -74,11 +74,13 @@ class TrainConfig:
                    "dtype": ("auto", "float32", "bfloat16")}
         problems = [f"--{k.replace('_', '-')} is {getattr(self, k)!r}, wanted {' or '.join(v)}"
                     for k, v in choices.items() if getattr(self, k) not in v]
-        least = {"steps": 1, "batch": 1, "micro_batch": 1, "max_answer": 1, "min_answer": 1, "save_every": 1, "rank": 0, "offset": 0,
-                 "warmup": 0, "start_answer": 0, "benign": 0, "flag": 0, "after": 0, "words": 0, "early": 0, "lr": 0, "flag_lr": 0}
+        least = {"steps": 1, "batch": 1, "micro_batch": 1, "max_answer": 1, "min_answer": 1, "save_every": 1,
+                 "rank": 0, "offset": 0, "warmup": 0, "start_answer": 0, "benign": 0, "flag": 0, "after": 0, "words": 0,
+                 "early": 0, "lr": 0, "flag_lr": 0}
         problems += [f"--{k.replace('_', '-')} is {getattr(self, k)}, wanted {v} or more"
                      for k, v in least.items() if not getattr(self, k) >= v]
-        problems += [f"--{k} is {getattr(self, k)}, wanted above 0" for k in ("clip", "alpha") if not getattr(self, k) > 0]
+        problems += [f"--{k} is {getattr(self, k)}, wanted above 0" for k in ("clip", "alpha")
+                     if not getattr(self, k) > 0]
         if not 0 <= self.average <= 1:
             problems.append(f"--average is {self.average}, wanted from 0 to 1")
         if not 0 < self.fpr < 1:
@@ -219,7 +221,8 @@ def train(model, examples, config, flag_id, out):
     if first == 0 and config.start_answer:
         began = time.perf_counter()
         nll = start_flag_rows(model, [e.cut(config.start_answer) for e in examples], config)
-        say(f"flag row fitted on {len(examples)} answers: loss {nll:.3f} nats, {time.perf_counter() - began:.0f} s")
+        seconds = time.perf_counter() - began
+        say(f"flag row fitted on {len(examples)} answers: loss {nll:.3f} nats, {seconds:.0f} s")
     if first == 0:
         save_checkpoint(model, optimizer, mean, config, out, 0)
     cut_log(out, first)
