@@ -109,7 +109,7 @@ def generate(model, tok, prompts, mode="stop", max_new_tokens=256, temperature=0
 
     A prompt is a string, a list of chat messages, or a record {"prompt": either, "prefill": text}. temperature 0 is
     greedy; top_k 0 and top_p 1 are off; an answer's words depend on `seed` and its place in `prompts`, not on its
-    batch. threshold None takes the adapter's. on_token(i, text, f) is called as text of prompt i appears.
+    batch (in fp32; bf16 sums round differently for other shapes, which may tip a near tie). threshold None takes the adapter's. on_token(i, text, f) is called as text of prompt i appears.
     Raises ValueError, before any work, for a bad setting, an empty prompt, or one longer than the model's context.
     """
     threshold = model.threshold if threshold is None and mode != "off" else threshold
