@@ -276,8 +276,11 @@ def read_prompts(config):
             check_prompt(records[-1], f"{config.prompts}:{line}")
     given = [r["prompt"] for r in records]
     if config.system is not None:
-        system = [{"role": "system", "content": config.system}]
-        records = [r | {"prompt": system + check_messages(r["prompt"])} for r in records]
+        system, chats = {"role": "system", "content": config.system}, [check_messages(r["prompt"]) for r in records]
+        for chat in chats:
+            if chat[0]["role"] == "system":
+                raise ValueError(f"--system, and a chat with a system message of its own: {chat[0]['content']:.60}")
+        records = [r | {"prompt": [system, *chat]} for r, chat in zip(records, chats)]
     return records, given
 
 

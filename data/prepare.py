@@ -170,6 +170,10 @@ def answer_missing(items, config):
         left = (time.perf_counter() - start) / n * (len(todo) - n)
         if n % config.batch_size == 0 or n == len(todo):
             print(f"{n}/{len(todo)} answers, {left / 60:.1f} min left", file=sys.stderr, flush=True)
+    empty = sum(not r["response"] for r in todo)
+    if empty:
+        print(f"{empty} answers are empty, the model ended at once: train.py refuses such records; take them out, or "
+              "run this again on its output with another --seed", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,8 @@ class PrepareConfig:
         problems = [f"--{name} FILE is needed" for name in ("input", "output") if getattr(self, name) is None]
         if self.format not in FORMATS:
             problems.append(f"--format is {self.format!r}, wanted one of {', '.join(FORMATS)}")
+        if self.limit < 0:
+            problems.append(f"--limit is {self.limit}, wanted 0 or more")
         return problems
 
 

@@ -247,6 +247,15 @@ def test_an_adapter_of_other_weights_is_refused_unless_forced(sample, adapter, t
     assert sample("--prompt", "a", "--adapter", tmp_path, "--force")[0] == 0
 
 
+def test_a_second_system_message_is_refused(sample, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    chat = [{"role": "system", "content": "Be long"}, {"role": "user", "content": "a"}]
+    file.write_text(json.dumps({"prompt": "x"}) + "\n" + json.dumps({"prompt": chat}) + "\n")
+    code, out, err = sample("--prompts", file, "--system", "Be brief")
+    assert (code, out) == (2, "") and "--system" in err and "Be long" in err and err.count("\n") == 1
+    assert sample("--prompts", file)[0] == 0
+
+
 @pytest.mark.parametrize("mode", ["off", "shadow", "stop"])
 def test_json_is_one_line_a_prompt_with_exactly_the_documented_keys(sample, tmp_path, tok, mode):
     prompts = [{"prompt": "hello"}, {"prompt": "日本 \u2028", "prefill": "né, the"}, {"prompt": "x", "prefill": ""},

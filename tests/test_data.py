@@ -129,6 +129,8 @@ def test_limit_and_direct(run):
             record("c", "harmful", "x", "No"), record("d", "harmful", "x", "Sure", "Sure")]
     text = "\n".join(map(json.dumps, rows))
     assert run("own.jsonl", text, "--limit", 3, "--direct") == [rows[0], record("a", "harmful", "x"), *rows[1:3]]
+    assert run("own.jsonl", text, "--limit", 0) == rows
+    assert prepare.PrepareConfig("a", output="b", limit=-1).problems() == ["--limit is -1, wanted 0 or more"]
 
 
 @pytest.mark.parametrize("odd", ["\x0b", "\x0c", "\x85", "\u2028", "\u2029", "\x1c"])
