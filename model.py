@@ -174,9 +174,9 @@ def attend(q, k, v, mask):
         # on a CPU the fused kernel's backward takes three times as long as that of the formula itself
         H, T, D = q.shape[1:]
         k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
-        scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(D)                   # (B, H, T, S+T)
+        scores = (q / math.sqrt(D)) @ k.transpose(-1, -2)                           # (B, H, T, S+T)
         visible = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask
-        return scores.masked_fill(~visible, float("-inf")).softmax(-1).to(q.dtype) @ v
+        return scores.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
 
@@ -386,6 +386,8 @@ class Llama(nn.Module):
 
     def merge_flag(self):
         """Folds LoRA into the weights, for export; the flag rows stay. There is no way back to the original."""
+        if self.n_flags and not self.flag_on:
+            raise ValueError("the adapter is switched off here (flag_off): merge it outside")
         for layer in self.block_linears():
             if layer.lora_on:
                 layer.merge()
@@ -407,12 +409,16 @@ class Llama(nn.Module):
         Raises ValueError where it is missing, damaged, or was trained on other base weights (unless `force`).
         """
         tensors, info = read_adapter(folder, self.path, force)
-        self.add_flag(info["n_flags"], info["rank"], info["alpha"])
-        wanted = self.flag_parameters()
-        check_tensors({n: list(t.shape) for n, t in tensors.items()}, {n: list(p.shape) for n, p in wanted.items()},
-                      Path(folder) / "flag.safetensors")
+        shapes = {"flag_embed": [info["n_flags"], self.config.hidden_size]}
+        shapes["flag_unembed"] = shapes["flag_embed"]
+        for name, layer in self.named_modules():
+            if info["rank"] and isinstance(layer, Linear):
+                shapes |= {f"{name}.lora_A": [info["rank"], layer.in_features],
+                           f"{name}.lora_B": [layer.out_features, info["rank"]]}
+        check_tensors({n: list(t.shape) for n, t in tensors.items()}, shapes, Path(folder) / "flag.safetensors")
+        self.add_flag(info["n_flags"], info["rank"], info["alpha"])  # only now: an error leaves the model as it was
         with torch.no_grad():
-            for name, parameter in wanted.items():
+            for name, parameter in self.flag_parameters().items():
                 parameter.copy_(tensors[name])
         self.threshold = info["threshold"]
         return info

@@ -90,11 +90,11 @@ def lay_out(example, insert_at, flag_id, offset, positions):
 
 def decompose(words, flags, reference_words):
     """(KL(pi_0 || q), log f, log(1 - f)), each (N,), in nats, of fp32 logits (N, V), (N, F) and pi_0's (N, V)."""
-    lse = torch.logsumexp(words, -1)
+    log_q = torch.log_softmax(words, -1)
+    lse = words[..., 0] - log_q[..., 0]                                 # logsumexp(words), for the price of one word
     odds = torch.logsumexp(flags, -1) - lse                             # log f / (1 - f)
-    log_p0 = torch.log_softmax(reference_words, -1)
-    p0 = log_p0.exp()
-    kl = (p0 * log_p0).sum(-1) - (p0 * words).sum(-1) + lse             # log q = words - lse
+    p0 = torch.softmax(reference_words, -1)
+    kl = -torch.linalg.vecdot(p0, log_q) - torch.special.entr(p0).sum(-1)
     return kl, F.logsigmoid(odds), F.logsigmoid(-odds)
 
 

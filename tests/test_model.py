@@ -228,6 +228,7 @@ FILE_ERRORS = {
     "index names a tensor its shard lacks": (index(**{"model.extra": "model.safetensors"}), "model.extra"),
     "index names a shard that is not there": (index(**{"model.norm.weight": "b.safetensors"}), "b.safetensors"),
     "index lacks a tensor": (index({}), "is missing"),
+    "index leaves tensors of its shard out": (index({"model.norm.weight": "model.safetensors"}), "does not put"),
     "index is cut": (write("model.safetensors.index.json", '{"weight'), "index.json"),
     "index maps nothing": (index(["model.safetensors"]), "index.json"),
     "tied, and another head": (tie(0.1), "lm_head.weight"),
@@ -464,6 +465,11 @@ def test_merging_into_bf16_rounds_the_fp32_sum_once(tiny):
     assert len(layers) == 14 and all(torch.equal(layers[n].weight, wanted[n]) for n in layers)
 
 
+def test_an_adapter_that_is_switched_off_cannot_be_merged(flagged):
+    with flagged.flag_off(), pytest.raises(ValueError, match="switched off"):
+        flagged.merge_flag()
+
+
 @pytest.mark.parametrize("call", ["flag_off", "add_flag", "save_flag"])
 def test_after_merging_the_original_is_gone_and_says_so(flagged, call, tmp_path):
     flagged.merge_flag()
@@ -532,5 +538,7 @@ def test_a_damaged_adapter_is_an_error(flagged, tiny, tmp_path, name):
     spoil, message = ADAPTER_ERRORS[name]
     flagged.save_flag(tmp_path / "out")
     spoil(tmp_path / "out")
+    model = load(tiny)
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        load(tiny).load_flag(tmp_path / "out")
+        model.load_flag(tmp_path / "out")
+    assert model.n_flags == 0 and not model.flag_parameters()
