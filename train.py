@@ -39,7 +39,7 @@ class TrainConfig:
     out: str = option("out", "folder to write")
     fresh: bool = option(False, "begin anew, though --out holds an unfinished run")
     # how long
-    steps: int = option(80, "optimizer steps")
+    steps: int = option(84, "optimizer steps")
     batch: int = option(24, "answers a step")
     micro_batch: int = option(8, "answers that go through the model at once; less memory, same result")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
@@ -63,7 +63,7 @@ class TrainConfig:
     average: float = option(0.5, "the adapter kept is the mean over this share of the steps, the last ones; 0: the last")
     start: int = option(1500, "answers that the flag row's start is fitted on; 0: the row starts at zero")
     start_answer: int = option(8, "tokens of each of them that are looked at")
-    start_penalty: float = option(0.05, "how much that fit is held back")
+    start_penalty: float = option(0.01, "how much that fit is held back")
     # the rest
     fpr: float = option(0.01, "benign answers that may be flagged, for the threshold")
     save_every: int = option(10, "steps between checkpoints")
