@@ -39,7 +39,7 @@ class TrainConfig:
     out: str = option("out", "folder to write")
     fresh: bool = option(False, "begin anew, though --out holds an unfinished run")
     # how long
-    steps: int = option(84, "optimizer steps")
+    steps: int = option(80, "optimizer steps")
     batch: int = option(24, "answers a step")
     micro_batch: int = option(8, "answers that go through the model at once; less memory, same result")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
@@ -61,9 +61,7 @@ class TrainConfig:
     warmup: int = option(5, "steps until the peak")
     clip: float = option(1.0, "gradient norm at most")
     average: float = option(0.5, "the adapter kept is the mean over this share of the steps, the last ones; 0: the last")
-    start: int = option(1500, "answers that the flag row's start is fitted on; 0: the row starts at zero")
-    start_answer: int = option(8, "tokens of each of them that are looked at")
-    start_penalty: float = option(0.01, "how much that fit is held back")
+    start_answer: int = option(16, "tokens of each answer that the flag row's start is fitted on; 0: start at zero")
     # the rest
     fpr: float = option(0.01, "benign answers that may be flagged, for the threshold")
     save_every: int = option(10, "steps between checkpoints")
@@ -77,8 +75,8 @@ class TrainConfig:
         problems = [f"--{k.replace('_', '-')} is {getattr(self, k)!r}, wanted {' or '.join(v)}"
                     for k, v in choices.items() if getattr(self, k) not in v]
         least = {"steps": 1, "batch": 1, "micro_batch": 1, "max_answer": 1, "min_answer": 1, "save_every": 1,
-                 "rank": 0, "offset": 0, "warmup": 0, "start": 0, "start_answer": 1, "start_penalty": 0, "benign": 0,
-                 "flag": 0, "after": 0, "words": 0, "early": 0, "lr": 0, "flag_lr": 0}
+                 "rank": 0, "offset": 0, "warmup": 0, "start_answer": 0, "benign": 0, "flag": 0, "after": 0, "words": 0,
+                 "early": 0, "lr": 0, "flag_lr": 0}
         problems += [f"--{k.replace('_', '-')} is {getattr(self, k)}, wanted {v} or more"
                      for k, v in least.items() if not getattr(self, k) >= v]
         problems += [f"--{k} is {getattr(self, k)}, wanted above 0" for k in ("clip", "alpha")
@@ -114,8 +112,8 @@ def start_flag_rows(model, examples, config):
     The unembedding has no bias: log f/(1-f) = w.h - logsumexp(old logits). With w = 0, or the mean of the old rows,
     that is 23 nats off, and the gradient that repairs it wrecks the words first. But logsumexp is nearly linear in
     h, so w starts as its ridge solution, which makes f about 1/2 everywhere, and is then fitted by L-BFGS to f's
-    targets, weighted as in the training to come. The fit is held back on purpose: with C numbers a probe learns a few
-    thousand answers by heart, is worse on others, and leaves no error from which LoRA could learn.
+    targets, weighted as in the training to come. LoRA is left with what a linear probe cannot see, and its first
+    gradients are small.
     """
     states = hidden_states(model, examples)
     H = torch.cat(states)                                                                           # (N, C)
@@ -129,14 +127,13 @@ def start_flag_rows(model, examples, config):
     weight = config.flag * flag_weight + config.benign * share((~harmful).float())                      # (N,)
     ridge = 1e-3 * H.pow(2).mean() * len(H) * torch.eye(H.shape[1], device=device)
     start = torch.linalg.solve(H.T @ H + ridge, H.T @ lse)
-    w, spread = start.clone().requires_grad_(), H.std(0, unbiased=False)
+    w = start.clone().requires_grad_()
 
     cross_entropy = lambda: F.binary_cross_entropy_with_logits(H @ w - lse, harmful.float(), weight, reduction="sum")
 
     def closure():
         optimizer.zero_grad()
-        # by the features' own spread, so that the mean of h, which sets f's level, is as good as free
-        loss = cross_entropy() + config.start_penalty * weight.sum() * ((w - start) * spread).pow(2).sum()
+        loss = cross_entropy() + 2e-5 * (w - start).pow(2).sum()
         loss.backward()
         return loss
 
@@ -221,13 +218,11 @@ def train(model, examples, config, flag_id, out):
     mean = {n: torch.zeros_like(p) for n, p in model.flag_parameters().items()}  # of the last steps' weights
     averaged = range(min(config.steps - 1, round(config.steps * (1 - config.average))), config.steps)
     first = load_checkpoint(model, optimizer, mean, config, out)
-    if first == 0 and config.start:
+    if first == 0 and config.start_answer:
         began = time.perf_counter()
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed))
-        chosen = [examples[i].cut(config.start_answer) for i in order[:config.start]]
-        nll = start_flag_rows(model, chosen, config)
+        nll = start_flag_rows(model, [e.cut(config.start_answer) for e in examples], config)
         seconds = time.perf_counter() - began
-        say(f"flag row fitted on {len(chosen)} answers: loss {nll:.3f} nats, {seconds:.0f} s")
+        say(f"flag row fitted on {len(examples)} answers: loss {nll:.3f} nats, {seconds:.0f} s")
     if first == 0:
         save_checkpoint(model, optimizer, mean, config, out, 0)
     cut_log(out, first)

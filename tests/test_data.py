@@ -258,7 +258,7 @@ def distinct(records):
     return list({json.dumps(r["prompt"]): r for r in records}.values())
 
 
-@pytest.mark.parametrize("name", ["train", "dev", "oblique"])
+@pytest.mark.parametrize("name", ["train", "dev", "more"])
 def test_bundled_records_are_whole(name):
     for number, r in enumerate(mini(name), 1):
         check_record(r, f"{name}.jsonl:{number}")
@@ -284,13 +284,13 @@ def test_harmful_requests_stand_there_with_their_opening_and_at_most_once_withou
     assert [False, True] in kinds and (name == "train" or [True] not in kinds)
 
 
-@pytest.mark.parametrize("name", ["train", "dev", "oblique"])
+@pytest.mark.parametrize("name", ["train", "dev", "more"])
 def test_no_template_is_used_more_than_three_times(name):
     count = collections.Counter(words_of(r)[:4] for r in distinct(mini(name)))
     assert {" ".join(k): n for k, n in count.items() if n > 3} == {}
 
 
-@pytest.mark.parametrize("name", ["train", "oblique"])
+@pytest.mark.parametrize("name", ["train", "more"])
 def test_dev_shares_no_prompt_and_no_template_with_train(name):
     train, dev = distinct(mini(name)), distinct(mini("dev"))
     assert {words_of(r) for r in train} & {words_of(r) for r in dev} == set()

@@ -136,17 +136,6 @@ def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_p
     assert measured < 0.5 * -np.log(0.2) + 2.0 * -np.log(0.8)  # the best that one constant f can do
 
 
-def test_the_start_is_held_back_from_learning_labels_by_heart(model, tok):
-    """Labels drawn by lot: there is nothing to learn, yet a free fit of 32 numbers to 24 answers finds them all."""
-    lots = torch.rand(24, generator=torch.Generator().manual_seed(0)) < 0.5
-    examples = [make_example(tok, dict(prompt=f"{i * 7919}", response="x", opening="", category="",
-                                       label="harmful" if lot else "benign"), 1, 255) for i, lot in enumerate(lots)]
-    model.add_flag(rank=2)
-    free, held = (start_flag_rows(model, examples, dataclasses.replace(TrainConfig(), benign=1.0, start_penalty=p))
-                  for p in (0.0, 10.0))
-    assert free < 0.2 and held > 1.2  # 2 ln 2 = 1.39 knows nothing
-
-
 def test_insertions_fall_off_as_a_power_law():
     draws = (np.arange(10_000) + 0.5) / 10_000
     at = np.array([insertion(u, 20, 2.0) for u in draws])
