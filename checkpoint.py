@@ -47,9 +47,10 @@ def load_weights(model, path):
     for name, file in files.items():
         if name not in handles[file].keys():
             raise ValueError(f"{file}: tensor {name} is missing, though model.safetensors.index.json puts it there")
-    unnamed = [(name, file) for file, handle in handles.items() for name in handle.keys() if files.get(name) != file]
-    if unnamed:
-        raise ValueError("{1}: holds tensor {0}, which model.safetensors.index.json does not put there".format(*unnamed[0]))
+    for file, handle in handles.items():
+        for name in handle.keys():
+            if files.get(name) != file:
+                raise ValueError(f"{file}: holds tensor {name}, which model.safetensors.index.json does not put there")
     shapes = {name: handles[file].get_slice(name).get_shape() for name, file in files.items()
               if not name.endswith("rotary_emb.inv_freq")}  # old files keep this derived buffer
     wanted = {("" if n.startswith("lm_head") else "model.") + n: p for n, p in model.named_parameters()}

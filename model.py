@@ -409,8 +409,7 @@ class Llama(nn.Module):
         Raises ValueError where it is missing, damaged, or was trained on other base weights (unless `force`).
         """
         tensors, info = read_adapter(folder, self.path, force)
-        shapes = {"flag_embed": [info["n_flags"], self.config.hidden_size]}
-        shapes["flag_unembed"] = shapes["flag_embed"]
+        shapes = {n: [info["n_flags"], self.config.hidden_size] for n in ("flag_embed", "flag_unembed")}
         for name, layer in self.named_modules():
             if info["rank"] and isinstance(layer, Linear):
                 shapes |= {f"{name}.lora_A": [info["rank"], layer.in_features],
