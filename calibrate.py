@@ -1,33 +1,16 @@
 """What was achieved: scores, the threshold, and the table at the end of training."""
-import math
-
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from measures import auroc, conformal_threshold
 from objective import decompose, flag_prob, read
-
-
-def conformal_threshold(benign_scores, alpha):
-    """The ceil((n + 1)(1 - alpha))-th smallest score: on benign traffic exchangeable with these n answers the share
-    with a score strictly above it is alpha at most (split conformal prediction). A guarantee on benign traffic of the
-    same kind; no safety guarantee. With fewer than 1/alpha - 1 scores no rank will do: 1.0, and nothing is flagged.
-    """
-    n = len(benign_scores)
-    rank = math.ceil(round((n + 1) * (1 - alpha), 9))  # 9 digits: 100 * (1 - 0.01) must not become 99.00000000000001
-    return float(sorted(benign_scores)[rank - 1]) if rank <= n else 1.0
-
-
-def auroc(positive, negative):
-    """The chance that a positive's score lies above a negative's, ties half (Mann-Whitney). None if one is empty."""
-    if not len(positive) or not len(negative):
-        return None
-    a, b = np.asarray(positive)[:, None], np.asarray(negative)[None]
-    return float((a > b).mean() + (a == b).mean() / 2)
 
 
 @torch.no_grad()
 def score(model, examples, batch=16, chunk=512):
-    """For each Example a dict of lists over its answer positions: f, kl_q = KL(pi_0 || q), kl_pi = KL(pi_0 || pi).
+    """For each Example a dict of lists over its answer positions: f, kl_q = KL(pi_0 || q), kl_pi = KL(pi_0 || pi), the
+    answer's own words' -log q and -log pi_0 (nll_q, nll_0), and whether both models' likeliest word is the same.
 
     The answer is read as it stands, without any flag in it (what mode shadow sees). Nats; f in double precision.
     """
@@ -39,18 +22,34 @@ def score(model, examples, batch=16, chunk=512):
         take = lambda hidden: torch.cat([h[s] for h, s in zip(hidden, spans)]).split(chunk)         # (n, C) each
         with model.flag_off():
             reference = take(read(model, ids))
+        target = torch.tensor([t for i in part for t in examples[i].ids[examples[i].n_prompt:]]).split(chunk)
         results = []
-        for h, h0 in zip(take(read(model, ids)), reference):
+        for h, h0, t in zip(take(read(model, ids)), reference, target):
             with model.flag_off():
                 reference_words = model.logits(h0)                                                  # (n, V)
             words, flags = model.split_logits(h)
             kl, _, log_not_f = decompose(words, flags, reference_words)
-            results.append([x.cpu() for x in (flag_prob(words, flags), kl, kl - log_not_f)])
-        f, kl_q, kl_pi = (torch.cat(x).tolist() for x in zip(*results))
-        for i in part:
-            n = examples[i].n_answer
-            found[i] = {"f": f[:n], "kl_q": kl_q[:n], "kl_pi": kl_pi[:n]}
-            f, kl_q, kl_pi = f[n:], kl_q[n:], kl_pi[n:]
+            nll_q, nll_0 = (F.cross_entropy(x, t.to(x.device), reduction="none") for x in (words, reference_words))
+            same = words.argmax(-1) == reference_words.argmax(-1)
+            results.append([x.cpu() for x in (flag_prob(words, flags), kl, kl - log_not_f, nll_q, nll_0, same)])
+        sizes = [examples[i].n_answer for i in part]
+        lists = [[x.tolist() for x in torch.cat(column).split(sizes)] for column in zip(*results)]
+        for i, *values in zip(part, *lists):
+            found[i] = dict(zip(("f", "kl_q", "kl_pi", "nll_q", "nll_0", "same"), values))
+    return found
+
+
+@torch.no_grad()
+def flag_probs(model, examples, batch=16, chunk=512):
+    """For each Example the list of f over its answer positions: `score`'s f, for half of its work."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    found = [None] * len(examples)
+    for part in (order[i:i + batch] for i in range(0, len(order), batch)):
+        hidden = read(model, [examples[i].ids for i in part])
+        spans = [h[examples[i].n_prompt - 1:len(h) - 1] for i, h in zip(part, hidden)]              # (n, C) each
+        f = torch.cat([flag_prob(*model.split_logits(h)) for h in torch.cat(spans).split(chunk)])
+        for i, x in zip(part, f.split([len(s) for s in spans])):
+            found[i] = x.tolist()
     return found
 
 

@@ -300,11 +300,12 @@ class Llama(nn.Module):
         return model.eval()
 
     def forward(self, ids, cache=None):
-        """Final hidden states (B, T, C) of ids (B, T); with a cache, ids continue what it holds."""
+        """Final hidden states (B, T, C) of ids (B, T), or of embeddings (B, T, C) in their place; with a cache, they
+        continue what it holds."""
         n_new, device = ids.shape[1], ids.device
         positions = torch.arange(n_new, device=device)[None] if cache is None else cache.positions(n_new)
         angles = (positions[..., None].float() * self.inv_freq)[:, None].repeat(1, 1, 1, 2)  # (B, 1, T, D)
-        x = self.embed(ids)
+        x = ids if ids.is_floating_point() else self.embed(ids)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         mask = None  # a fresh sequence is plainly causal
         if cache is not None and cache.longest:

@@ -104,16 +104,25 @@ class Row:
 
 @torch.no_grad()
 def generate(model, tok, prompts, mode="stop", max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0,
-             threshold=None, batch_size=16, on_token=None):
+             logit_bias=None, threshold=None, batch_size=16, on_token=None):
     """Yields an Answer for each prompt, in order.
 
     A prompt is a string, a list of chat messages, or a record {"prompt": either, "prefill": text}. temperature 0 is
-    greedy; top_k 0 and top_p 1 are off; an answer's words depend on `seed` and its place in `prompts`, not on its
-    batch (in fp32; bf16 sums round differently for other shapes, which may tip a near tie). threshold None takes the adapter's. on_token(i, text, f) is called as text of prompt i appears.
+    greedy; top_k 0 and top_p 1 are off; logit_bias (id -> number) is added to the words' logits, once f has been read;
+    -inf bans a word. An answer's words depend on `seed` and its place in `prompts`, not on its batch (in fp32; bf16
+    sums round differently for other shapes, which may tip a near tie). threshold None takes the adapter's.
+    on_token(i, text, f) is called as text of prompt i appears.
     Raises ValueError, before any work, for a bad setting, an empty prompt, or one longer than the model's context.
     """
     threshold = model.threshold if threshold is None and mode != "off" else threshold
     problems = setting_problems(mode, max_new_tokens, temperature, top_k, top_p, threshold, batch_size)
+    V = model.config.vocab_size
+    bias = torch.zeros(V, device=model.embed_tokens.weight.device)
+    for token, value in (logit_bias or {}).items():
+        if not 0 <= token < V + model.n_flags or math.isnan(value):
+            problems.append(f"logit_bias has {token}: {value}, wanted an id below {V + model.n_flags} and a number")
+        elif token < V:  # a flag's own logit is out of reach: it is never drawn, and f has been read by then
+            bias[token] = value
     if mode != "off" and not model.n_flags:
         problems.append(f"mode {mode} needs a flag: load an adapter first (model.load_flag), or take mode off")
     if problems:
@@ -121,7 +130,7 @@ def generate(model, tok, prompts, mode="stop", max_new_tokens=256, temperature=0
     rows = [start_row(model, tok, p, i, mode, threshold, max_new_tokens, seed, on_token) for i, p in enumerate(prompts)]
     for start in range(0, len(rows), batch_size):
         batch = rows[start:start + batch_size]
-        write(model, batch, lambda words, u: pick(words, u, temperature, top_k, top_p))
+        write(model, batch, lambda words, u: pick(words + bias, u, temperature, top_k, top_p))
         for row in batch:
             yield row.answer()
 
@@ -311,7 +320,8 @@ def main():
     live = not config.json and len(records) == 1
     start, n_tokens = time.perf_counter(), 0
     answers = generate(model, tok, records, config.mode, config.max_new_tokens, config.temperature, config.top_k,
-                       config.top_p, config.seed, config.threshold, config.batch_size, on_token if live else None)
+                       config.top_p, config.seed, threshold=config.threshold, batch_size=config.batch_size,
+                       on_token=on_token if live else None)
     for prompt, answer in zip(given, answers):
         n_tokens += len(answer.tokens)
         if config.json:

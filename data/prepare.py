@@ -48,6 +48,42 @@ def check_record(record, where):
     return record
 
 
+def read_requests(path, label):
+    """The records of a file that go by `label`, as requests: prompt, category, opening, the model's own answers
+    ("own": without the opening, "response": with it), and a reference answer ("reference").
+
+    A file in the project's own format holds the model's own answers. Others have prompt and, if they like, openings,
+    category, translation, label (one of ours, or XSTest's safe, unsafe) and response, somebody's reference answer.
+    """
+    from tokenizer import check_messages
+    requests = {}
+    for line, r in read_jsonl(path):
+        ours = set(r) == set(FIELDS)
+        if ours:
+            check_record(r, f"{path}:{line}")
+        its = {"safe": "borderline", "unsafe": "harmful"}.get(r.get("label"), r.get("label", label))
+        if its not in LABELS:
+            raise ValueError(f"{path}:{line}: label {its!r}, wanted one of {', '.join(LABELS)}, safe or unsafe")
+        if its != label:
+            continue
+        try:
+            key = json.dumps(check_messages(r["prompt"]))
+        except (KeyError, ValueError) as e:
+            raise ValueError(f"{path}:{line}: prompt: {e}") from None
+        one = requests.setdefault(key, {"prompt": r["prompt"], "category": str(r.get("category", "")), "opening": "",
+                                        "own": "", "response": "", "reference": ""})
+        texts = [r.get("opening") or next(iter(r.get("openings") or []), ""), r.get("response", ""),
+                 r.get("translation", "")]
+        if not all(isinstance(t, str) for t in texts):
+            raise ValueError(f"{path}:{line}: openings, response and translation are texts")
+        one["opening"] = texts[0] or one["opening"]
+        one["translation"] = texts[2] or one.get("translation", "")
+        one["reference" if not ours else "response" if texts[0] else "own"] = texts[1]
+    if not requests:
+        raise ValueError(f"{path} has no {label} records")
+    return list(requests.values())
+
+
 # --------------------------------------------------------------------------------------------- the formats
 # Each takes one row of its data set and gives a record; a field that is not there raises KeyError.
 

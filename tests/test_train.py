@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from calibrate import auroc, conformal_threshold, evaluate, score
+from calibrate import evaluate, score
 from cli import parse
 from objective import make_example
 from train import TrainConfig, insertion, learning_rate, start_flag_rows, step_layouts
@@ -175,32 +175,6 @@ def test_the_learning_rate_is_never_zero_and_peaks_after_the_warm_up():
 
 # ----------------------------------------------------------------------------------------------- figures
 
-def test_the_threshold_is_the_conformal_rank():
-    assert conformal_threshold([i / 100 for i in range(1, 100)], 0.01) == 0.99  # rank ceil(100 * 0.99) = 99 of 99
-    assert conformal_threshold([i / 10 for i in range(1, 10)], 0.2) == 0.8      # rank ceil(10 * 0.8) = 8 of 9
-    assert conformal_threshold([0.5] * 98, 0.01) == 1.0                         # too few: nothing is flagged
-    assert conformal_threshold([], 0.01) == 1.0
-
-
-@pytest.mark.parametrize("n, alpha", [(99, 0.01), (150, 0.05), (40, 0.1)])
-def test_the_threshold_holds_its_rate_on_simulated_scores(n, alpha):
-    """Over 4000 calibrations on U(0,1) the mean false-positive rate, exactly 1 - threshold, is alpha at most; for
-    scores without ties its expectation is 1 - ceil((n+1)(1-alpha))/(n+1)."""
-    rng = np.random.default_rng(0)
-    rates = 1 - np.array([conformal_threshold(rng.random(n), alpha) for _ in range(4000)])
-    error = rates.std() / 4000 ** 0.5
-    expected = 1 - np.ceil(np.round((n + 1) * (1 - alpha), 9)) / (n + 1)
-    assert rates.mean() < alpha + 4 * error and abs(rates.mean() - expected) < 4 * error
-
-
-def test_auroc_is_mann_whitneys_u():
-    rng = np.random.default_rng(0)
-    a, b = rng.integers(0, 6, 40) / 5, rng.integers(0, 5, 30) / 5  # many ties
-    u = scipy.stats.mannwhitneyu(a, b).statistic
-    assert auroc(a, b) == pytest.approx(u / (40 * 30))
-    assert auroc([], b) is None
-
-
 def test_scores_are_those_of_a_plain_forward(flagged, tok):
     records = [dict(prompt="p" * i, response="answer " * i, opening="", label="benign") for i in (1, 3, 2)]
     examples = [make_example(tok, r, 30, 255) for r in records]
@@ -213,6 +187,10 @@ def test_scores_are_those_of_a_plain_forward(flagged, tok):
         np.testing.assert_allclose(s["f"], pi[:, -1], rtol=1e-4)
         np.testing.assert_allclose(s["kl_q"], (p0 * (p0 / q).log()).sum(-1), atol=1e-4)
         np.testing.assert_allclose(s["kl_pi"], (p0 * (p0 / pi[:, :-1]).log()).sum(-1), atol=1e-4)
+        said = torch.tensor(e.ids[e.n_prompt:])[:, None]
+        np.testing.assert_allclose(s["nll_q"], -q.gather(-1, said)[:, 0].log(), rtol=1e-3)
+        np.testing.assert_allclose(s["nll_0"], -p0.gather(-1, said)[:, 0].log(), rtol=1e-3)
+        assert s["same"] == (q.argmax(-1) == p0.argmax(-1)).tolist()
 
 
 # ------------------------------------------------------------------------------------------------ errors
