@@ -8,12 +8,14 @@ prompt, opening (an affirmative first few words) and response (a harmful answer 
 None of these texts is about anything: the harm is in the request alone.
 """
 import base64
+import json
 import math
 
 import torch
 import torch.nn.functional as F
 
 from objective import read
+from sample import generate
 from tokenizer import check_messages
 
 
@@ -43,6 +45,17 @@ def prefill(n_tok):
         ids = tok.encode(request["response"])
         return ask(request["prompt"], tok.decode(ids[:n_tok]).rstrip("\ufffd")) if len(ids) >= n_tok else None
     return attack
+
+
+def lengthen(model, tok, requests, n_tok):
+    """The requests with harmful answers of n_tok tokens: the original model's own, ended where it would not end."""
+    short = [r for r in requests if r["opening"] and len(tok.encode(r["response"])) < n_tok]
+    ban = {i: float("-inf") for i in tok.stop_ids}
+    with model.flag_off():
+        answers = list(generate(model, tok, [{"prompt": r["prompt"], "prefill": r["response"] or r["opening"]}
+                                             for r in short], "off", n_tok, 0.7, logit_bias=ban, batch_size=24))
+    longer = {json.dumps(r["prompt"]): r | {"response": a.text} for r, a in zip(short, answers)}
+    return [longer.get(json.dumps(r["prompt"]), r) for r in requests]
 
 
 # --------------------------------------------------------------------------------------------- long contexts

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from attacks import AGAINST, ATTACKS, GRADIENT, LONG, TEMPLATES, sampling
+from attacks import AGAINST, ATTACKS, GRADIENT, LONG, TEMPLATES, lengthen, sampling
 from baselines import LayerProbe
 from calibrate import flag_probs, score
 from cli import option, parse, read_jsonl, run
@@ -111,19 +111,6 @@ def groups(config, sets):
             if attack in TEMPLATES + AGAINST:  # do they also make it cry wolf?
                 found.append(("benign", attack, seed, sets["benign"][:n]))
     return found
-
-
-def lengthen(model, tok, requests, n_tok):
-    """The requests with harmful answers of n_tok tokens: the original model's own, ended where it would not end."""
-    short = [r for r in requests if r["opening"] and len(tok.encode(r["response"])) < n_tok]
-    ban = {i: float("-inf") for i in tok.stop_ids}
-    if short:
-        say(f"{len(short)} harmful answers of {n_tok} tokens ...")
-    with model.flag_off():
-        answers = list(generate(model, tok, [{"prompt": r["prompt"], "prefill": r["response"] or r["opening"]}
-                                             for r in short], "off", n_tok, 0.7, logit_bias=ban, batch_size=BATCH))
-    longer = {json.dumps(r["prompt"]): r | {"response": a.text} for r, a in zip(short, answers)}
-    return [longer.get(json.dumps(r["prompt"]), r) for r in requests]
 
 
 def answer(model, tok, label, attack, seed, requests, config, common):
@@ -267,6 +254,7 @@ def attack_all(model, tok, sets, config, record):
     todo = [b for b in batches if [*b[:3], b[3][0][0]] not in done]
     if any(b[1].startswith("prefill_") for b in todo):
         n = config.n_requests(f"prefill_{longest}")
+        say(f"harmful answers of {longest} tokens, where there are none yet ...")
         sets["harmful"][:n] = lengthen(model, tok, sets["harmful"][:n], longest)
     common = {k: getattr(config, k) for k in ("context_tok", "gcg_steps", "gcg_width", "pgd_steps", "pgd_radius")}
     common |= {"suffix_tok": 20, "benign": [{"response": r["own"] or r["reference"]} for r in sets["benign"]],

@@ -2,6 +2,8 @@
 
     python sample.py --prompt "What is the capital of France?"
     python sample.py --prompts prompts.jsonl --mode shadow --json > answers.jsonl
+    python sample.py --prompt "..." --mode shadow --html page.html
+    python sample.py --transcript chats.jsonl --html page.html       # reads any model's answers, and writes none
 
 f is the flag's probability at a position: what the model would put there next, read from the raw softmax over all
 V + F tokens, before temperature, top-k or top-p. No setting of a caller can lower it. Words are always drawn from the
@@ -22,9 +24,11 @@ from pathlib import Path
 
 import torch
 
+from calibrate import flag_probs
 from cli import option, parse, read_jsonl, run
 from model import Cache, Llama
-from objective import flag_prob
+from objective import Example, flag_prob
+from page import write_page
 from tokenizer import Tokenizer, check_messages
 
 MODES = ("off", "shadow", "stop")
@@ -45,7 +49,7 @@ class Answer:
     score: float | None   # max of flag_prob; None in mode off
     flag_prob: list
     tokens: list          # ids
-    stop_reason: str      # eos, length or flag
+    stop_reason: str      # eos, length or flag; transcript where it was read, not written
 
 
 @dataclass
@@ -207,6 +211,27 @@ def write(model, rows, pick):
             row.step(f_row, token)
 
 
+def read_transcripts(model, tok, records, threshold=None):
+    """An Answer for each record {"prompt": as for `generate`, "response": text by whatever model}: f at every token of
+    the response, and at its end, by one forward pass. Raises ValueError for what does not fit the model's context."""
+    threshold = model.threshold if threshold is None else threshold
+    limit, examples = model.config.max_position_embeddings, []
+    for i, record in enumerate(records):
+        _, messages, _ = check_prompt(record["prompt"], f"transcript {i + 1}")
+        ids = tok.render(messages)[0]
+        example = Example(ids + tok.encode(record["response"]) + tok.stop_ids[:1], len(ids), "")
+        if len(example.ids) > limit:
+            raise ValueError(f"transcript {i + 1} has {len(example.ids)} tokens with its template, and the model's "
+                             f"context holds {limit}: shorten it")
+        examples.append(example)
+    answers = []
+    for record, e, f in zip(records, examples, flag_probs(model, examples)):
+        flag_at = next((t for t, x in enumerate(f) if x > threshold), None)
+        answers.append(Answer(record["prompt"], record["response"], flag_at is not None, flag_at, max(f), f,
+                              e.ids[e.n_prompt:-1], "transcript"))
+    return answers
+
+
 def read(model, hidden):
     """Logits of the words (N, V) and f, a list of N floats, of hidden states (N, C); with no flag loaded f is 0."""
     words, flags = model.split_logits(hidden)
@@ -247,6 +272,7 @@ def pick(words, u, temperature, top_k, top_p):
 class SampleConfig:
     prompt: str | None = option(None, "the user's message")
     prompts: str | None = option(None, "a JSON Lines file of records with prompt and, optionally, prefill")
+    transcript: str | None = option(None, "a JSON Lines file of records with prompt and response, to be read, not answered")
     prefill: str = option("", "the beginning of the answer, put into the model's mouth")
     system: str | None = option(None, "system message (default: what the model's chat template has)")
     mode: str = option("stop", "off, shadow or stop")
@@ -261,28 +287,36 @@ class SampleConfig:
     weights: str | None = option(None, "model folder (default: SmolLM2-135M-Instruct, fetched once)")
     force: bool = option(False, "load the adapter although it was trained on other base weights")
     json: bool = option(False, "one JSON object a line on stdout")
+    html: str | None = option(None, "write a page to this file: every token shaded by f, the threshold adjustable")
 
     def problems(self):
         problems = setting_problems(self.mode, self.max_new_tokens, self.temperature, self.top_k, self.top_p,
                                     0.5 if self.threshold is None else self.threshold, self.batch_size)
-        if (self.prompt is None) == (self.prompts is None):
-            problems.append("wanted either --prompt TEXT or --prompts FILE.jsonl")
-        if self.prompts is not None and self.prefill:
+        if sum(x is not None for x in (self.prompt, self.prompts, self.transcript)) != 1:
+            problems.append("wanted one of --prompt TEXT, --prompts FILE.jsonl and --transcript FILE.jsonl")
+        if self.prompt is None and self.prefill:
             problems.append("--prefill goes with --prompt; in a file each record has its own")
+        if self.mode == "off" and (self.html or self.transcript):
+            problems.append("--html and --transcript show f, which mode off does not read")
         return problems
 
 
 def read_prompts(config):
-    """The prompts as `generate` takes them, and as the user gave them."""
-    if config.prompts is None:
+    """The prompts as `generate` takes them, or transcripts, and the prompts as the user gave them."""
+    path, records = config.prompts or config.transcript, []
+    if path is None:
         records = [{"prompt": config.prompt, "prefill": config.prefill}]
     else:
-        records = []
-        for line, record in read_jsonl(config.prompts):
+        for line, record in read_jsonl(path):
             if "prompt" not in record:
-                raise ValueError(f"{config.prompts}:{line}: the record has no prompt, only {sorted(record)}")
+                raise ValueError(f"{path}:{line}: the record has no prompt, only {sorted(record)}")
             records.append({k: record[k] for k in ("prompt", "prefill") if k in record})
-            check_prompt(records[-1], f"{config.prompts}:{line}")
+            check_prompt(records[-1], f"{path}:{line}")
+            if config.transcript:
+                said = record.get("response")
+                if not isinstance(said, str) or not said:
+                    raise ValueError(f"{path}:{line}: the response is {said!r}, wanted text")
+                records[-1] = {"prompt": record["prompt"], "response": said}
     given = [r["prompt"] for r in records]
     if config.system is not None:
         system, chats = {"role": "system", "content": config.system}, [check_messages(r["prompt"]) for r in records]
@@ -317,19 +351,25 @@ def main():
     def on_token(i, text, f):
         print(shade(text, f) if colour else text, end="", flush=True)
 
-    live = not config.json and len(records) == 1
-    start, n_tokens = time.perf_counter(), 0
-    answers = generate(model, tok, records, config.mode, config.max_new_tokens, config.temperature, config.top_k,
-                       config.top_p, config.seed, threshold=config.threshold, batch_size=config.batch_size,
-                       on_token=on_token if live else None)
+    live = not config.json and len(records) == 1 and not config.transcript
+    start, n_tokens, shown = time.perf_counter(), 0, []
+    if config.transcript:
+        answers = read_transcripts(model, tok, records, config.threshold)
+    else:
+        answers = generate(model, tok, records, config.mode, config.max_new_tokens, config.temperature, config.top_k,
+                           config.top_p, config.seed, threshold=config.threshold, batch_size=config.batch_size,
+                           on_token=on_token if live else None)
     for prompt, answer in zip(given, answers):
         n_tokens += len(answer.tokens)
+        shown.append(dataclasses.replace(answer, prompt=prompt))
         if config.json:
-            print(json.dumps(dataclasses.asdict(answer) | {"prompt": prompt}, ensure_ascii=False), flush=True)
+            print(json.dumps(dataclasses.asdict(shown[-1]), ensure_ascii=False), flush=True)
         else:
             print("" if live else f"> {prompt}\n{answer.text}\n", flush=True)
             print(summary(answer), file=sys.stderr)
     seconds = time.perf_counter() - start
+    if config.html:
+        write_page(config.html, shown, tok, model.threshold if config.threshold is None else config.threshold)
     print(f"{len(records)} answers, {n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
 
 

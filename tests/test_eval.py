@@ -1,0 +1,308 @@
+"""The evaluation as a command, on a tiny random model; its report and costs, against hand-worked cases."""
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import costs
+import eval as evaluation
+import report
+from baselines import LayerProbe, refuses
+from calibrate import flag_probs
+from data.prepare import read_requests
+from measures import auroc
+from objective import Example
+from sample import generate
+
+
+def records():
+    made = []
+    for i in range(4):
+        made.append(dict(prompt=f"the hello {i}", response="", opening="", label="harmful", category="c"))
+        made[-1]["response"] = f"hell {i} the he"
+        made.append(made[-1] | dict(opening="hello the", response=f"hello the hell {i} ll hello"))
+        made.append(dict(prompt=f"ll {i} he?", response="one two three four five six seven eight nine ten 11 12 13",
+                         opening="", label="benign", category="c"))
+        made.append(dict(prompt=f"he {i} ll!", response=f"eight nine {i}", opening="", label="borderline", category="c"))
+    return made
+
+
+@pytest.fixture
+def files(tmp_path, flagged):
+    """(adapter folder, record file) for the command."""
+    flagged.save_flag(tmp_path / "out")
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records()))
+    return tmp_path / "out", tmp_path / "dev.jsonl"
+
+
+def run(monkeypatch, tiny, files, *more):
+    out, dev = files
+    argv = ["--weights", tiny, "--adapter", out, "--harmful", dev, "--benign", dev, "--borderline", dev, "--attacked", 3,
+            "--max-new-tokens", 4, *more]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, argv)])
+    monkeypatch.setattr("model.pick_dtype", lambda device: torch.float32)
+    evaluation.main()
+    folder = next((argv[i + 1] for i, a in enumerate(argv) if a == "--out"), out / "eval")
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()], folder
+
+
+def test_the_command_writes_a_record_an_answer_and_a_report(monkeypatch, tiny, files, capsys, flagged, tok):
+    results, folder = run(monkeypatch, tiny, files, "--attack", "direct,opening,prefill_5,typed_flag,pgd", "--costly", 3)
+    counts = {(s, a): sum(r["set"] == s and r["attack"] == a for r in results) for s, a in
+              [("benign", "direct"), ("borderline", "direct"), ("harmful", "direct"), ("harmful", "opening"),
+               ("harmful", "prefill_5"), ("harmful", "typed_flag"), ("benign", "typed_flag"), ("harmful", "pgd")]}
+    assert list(counts.values()) == [4, 4, 4, 4, 3, 3, 3, 1] and sum(counts.values()) == len(results)
+    for r in results:
+        assert {"set", "attack", "seed", "i", "prompt", "score", "flag_at", "flag_prob", "tokens", "text"} <= set(r)
+        assert r["score"] == max(r["flag_prob"]) and r["first"] == r["flag_prob"][0]
+        above = [t for t, f in enumerate(r["flag_prob"]) if f > 0.5]
+        assert r["flag_at"] == (above[0] if above else None) and tok.flag_text not in r["text"]
+    text = capsys.readouterr().out
+    assert text.strip() == (folder / "report.md").read_text().strip()
+    for title in ("False positives", "Detection, by attack", "Beside other", "Onset", "costs the words", "come again"):
+        assert title in text
+
+
+def test_an_answer_from_the_file_is_read_as_a_plain_forward_reads_it(monkeypatch, tiny, files, flagged, tok):
+    results, _ = run(monkeypatch, tiny, files, "--attack", "opening")
+    r = next(r for r in results if r["attack"] == "opening" and r["own"])
+    prompt = tok.render(r["prompt"])[0]
+    assert r["text"].startswith("hello the") and r["tokens"][-1] in tok.stop_ids
+    with torch.no_grad():
+        pi = flagged.logits(flagged(torch.tensor([prompt + r["tokens"]])))[0].double().softmax(-1)
+    np.testing.assert_allclose(r["flag_prob"], pi[len(prompt) - 1:-1, -1], rtol=1e-3)
+    n = len(tok.encode("hello the"))
+    assert r["n_prefill"] == n and r["score_new"] == max(r["flag_prob"][n:])
+
+
+def test_an_interrupted_run_goes_on_to_the_same_results(monkeypatch, tiny, files, tmp_path):
+    more = ("--attack", "direct,opening,role_play,resample", "--samples", 2, "--seeds", 2)
+    whole, _ = run(monkeypatch, tiny, files, *more, "--out", tmp_path / "whole")
+    plain, calls = evaluation.answer, []
+
+    def stops(*args):
+        calls.append(args)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(evaluation, "answer", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(m, tiny, files, *more, "--out", tmp_path / "cut")
+    with open(tmp_path / "cut/results.jsonl", "a") as f:
+        f.write('{"set": "harmful", "att')  # a full disk, say
+    seen = len((tmp_path / "cut/results.jsonl").read_text().splitlines())
+    assert 1 < seen < len(whole)
+    results, _ = run(monkeypatch, tiny, files, *more, "--out", tmp_path / "cut")
+    assert results == whole
+
+
+def test_results_of_another_run_are_not_mixed_in_but_more_attacks_may_come(monkeypatch, tiny, files):
+    first, _ = run(monkeypatch, tiny, files, "--attack", "direct")
+    second, _ = run(monkeypatch, tiny, files, "--attack", "direct,style")
+    assert second[:len(first)] == first and len(second) > len(first)
+    with pytest.raises(ValueError, match="temperature differ"):
+        run(monkeypatch, tiny, files, "--attack", "direct", "--temperature", 0.2)
+    fresh, _ = run(monkeypatch, tiny, files, "--attack", "direct", "--temperature", 0.2, "--fresh")
+    assert len(fresh) == len(first)
+
+
+def test_other_adapters_and_the_classifier_read_the_same_answers(monkeypatch, tiny, files, flagged, tok, capsys):
+    out, dev = files
+    with torch.no_grad():
+        flagged.flag_unembed.mul_(-1)
+    other = str(out.parent / "other")
+    flagged.save_flag(other)
+    results, _ = run(monkeypatch, tiny, files, "--attack", "direct,opening", "--compare", other, "--classifier",
+                     "--train", dev)
+    for r in results:
+        prompt = tok.render(r["prompt"])[0]
+        f, = flag_probs(flagged, [Example(prompt + r["tokens"], len(prompt), "")])
+        assert r["others"][other] == pytest.approx(max(f), rel=1e-3) and "classifier" in r["others"]
+    text = capsys.readouterr().out
+    assert f"| {other} |" in text and "| classifier |" in text and "joint 1%" in text
+
+
+@pytest.mark.parametrize("more, message", [(("--attack", "magic"), "no attack 'magic'"), (("--seeds", 0), "--seeds is 0"),
+                                           (("--adapter", "nowhere"), "no adapter in nowhere"),
+                                           (("--compare", "nowhere"), "no adapter in nowhere")])
+def test_bad_settings_are_one_error(monkeypatch, tiny, files, more, message):
+    with pytest.raises(ValueError, match=message):
+        run(monkeypatch, tiny, files, *more)
+
+
+# ------------------------------------------------------------------------------------------------- the sets
+
+def test_records_of_one_request_become_one_and_other_formats_are_read(tmp_path):
+    ours = tmp_path / "ours.jsonl"
+    ours.write_text("".join(json.dumps(r) + "\n" for r in records()))
+    request, *_ = requests = read_requests(ours, "harmful")
+    assert len(requests) == 4 and request["own"] == "hell 0 the he" and request["opening"] == "hello the"
+    assert request["response"] == "hello the hell 0 ll hello" and request["reference"] == ""
+    theirs = tmp_path / "theirs.jsonl"
+    theirs.write_text(json.dumps({"prompt": "p", "openings": ["a", "b"], "source": "s"}) + "\n"
+                      + json.dumps({"prompt": "q", "response": "r", "label": "safe", "category": "homonyms"}) + "\n"
+                      + json.dumps({"prompt": "u", "label": "unsafe", "translation": "t"}))
+    found = read_requests(theirs, "harmful")
+    assert [(r["prompt"], r["opening"], r["translation"]) for r in found] == [("p", "a", ""), ("u", "", "t")]
+    assert [(r["prompt"], r["reference"], r["own"]) for r in read_requests(theirs, "borderline")] == [("p", "", ""),
+                                                                                                   ("q", "r", "")]
+
+
+@pytest.mark.parametrize("line, message", [({"text": "x"}, "prompt"), ({"prompt": 3}, "prompt"), ({"prompt": "p", "label": "odd"}, "odd"),
+                                           ({"prompt": "p", "openings": [3]}, "are texts"),
+                                           ({"prompt": "p", "label": "benign"}, "no harmful records")])
+def test_a_bad_record_is_named(tmp_path, line, message):
+    (tmp_path / "x.jsonl").write_text(json.dumps(line))
+    with pytest.raises(ValueError, match=message):
+        read_requests(tmp_path / "x.jsonl", "harmful")
+
+
+def test_a_splice_turns_harmful_where_it_says(tok):
+    sets = {"benign": [{"prompt": "a", "own": "one two three four five six seven eight nine ten 11 12 13"}] * 5,
+            "harmful": [{"prompt": "b", "response": f"hello {i}"} for i in range(3)]}
+    made = evaluation.splice(tok, sets, 10)
+    assert len(made) == 3
+    for i, (e, onset, request) in enumerate(made):
+        assert e.ids[:e.n_prompt] == tok.render("a")[0] and request["prompt"] == "a"
+        before, after = tok.decode(e.ids[e.n_prompt:e.n_prompt + onset]), tok.decode(e.ids[e.n_prompt + onset:])
+        assert request["own"].startswith(before.strip()) and before.endswith("\n\n") and after == f"hello {i}"
+
+
+# ------------------------------------------------------------------------------------------ costs and baselines
+
+def test_an_adapter_that_changes_nothing_costs_nothing(model, tok):
+    model.add_flag(rank=2, alpha=4)
+    assert costs.unchanged(model, tok, ["hello", "the hello"], n_tok=12) == [True, True]
+    prompt = tok.render("hello")[0]
+    found = costs.words(model, [Example(prompt + tok.encode("the hello"), len(prompt), x) for x in ("benign", "harmful")],
+                        [Example(prompt + tok.encode("he he"), len(prompt), "benign")])
+    assert found["benign_kl_q"] == pytest.approx(0, abs=1e-6) and found["harmful_kl_q"] == pytest.approx(0, abs=1e-6)
+    assert found["perplexity_0"] == found["perplexity_q"] > 1 and len(found["kl_by_position"]["benign"]) == len(tok.encode("the hello"))
+
+
+def test_a_changed_greedy_answer_is_seen(flagged, tok):
+    with flagged.flag_off():
+        before = [a.tokens for a in generate(flagged, tok, ["hello", "the he", "ll"], "off", 10)]
+    after = [a.tokens for a in generate(flagged, tok, ["hello", "the he", "ll"], "off", 10)]
+    assert costs.unchanged(flagged, tok, ["hello", "the he", "ll"], n_tok=10) == [a == b for a, b in zip(before, after)]
+    assert before != after
+
+
+def test_the_last_number_of_a_text():
+    assert costs.last_number("It is 3, no: $1,250.50.") == 1250.5 and costs.last_number("#### -7") == -7
+    assert costs.last_number("none") is None and costs.last_number("12.") == 12
+
+
+def test_a_problem_counts_as_solved_by_its_last_number(monkeypatch, model, tok):
+    said = {"a": "so 5 and 7", "b": "it is 3", "c": "no idea"}
+    monkeypatch.setattr(costs, "generate", lambda m, t, prompts, *a, **k: [SimpleNamespace(text=said[p]) for p in prompts])
+    problems = [{"prompt": "a", "response": "5 + 2\n#### 7"}, {"prompt": "b", "response": "#### 4"},
+                {"prompt": "c", "response": "#### 1"}]
+    assert costs.solved(model, tok, problems) == [True, False, False]
+
+
+def test_behind_an_inserted_flag_the_same_words_are_read_on(flagged, tok):
+    prompt, words = tok.render("hello")[0], tok.encode("the hello he ll")
+    e, at = Example(prompt + words, len(prompt), "harmful"), 2
+    found = costs.behind_the_flag(flagged, tok.flag_id, [(e, at)])
+    with torch.no_grad():
+        f = lambda ids: flagged.logits(flagged(torch.tensor([ids])))[0].double().softmax(-1)[:, -1]
+        plain, marked = f(e.ids), f(prompt + words[:at] + [tok.flag_id] + words[at:])
+    assert found["as_is"] == pytest.approx(plain[len(prompt) - 1 + at:-1].mean().item(), rel=1e-3)
+    assert found["inserted"] == pytest.approx(marked[len(prompt) + at:-1].mean().item(), rel=1e-3)
+
+
+def test_the_layer_probe_reads_the_original_models_states_and_leaves_it_as_it_was(tiny, flagged, tok):
+    import transformers
+    reference = transformers.LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    prompt, words = tok.render("hello")[0], tok.encode("the hello he ll the")
+    examples = [Example(prompt + words[:n], len(prompt), "benign") for n in (1, 4, 3)]
+    before = flagged(torch.tensor([prompt]))
+    features = LayerProbe(flagged, layer=1, n_positions=3).features(examples, batch=2)
+    for e, row in zip(examples, features):
+        with torch.no_grad():
+            states = reference(torch.tensor([e.ids]), output_hidden_states=True).hidden_states[1][0]
+        torch.testing.assert_close(row, states[len(prompt) - 1:][:min(3, e.n_answer)].mean(0), rtol=1e-3, atol=1e-4)
+    assert torch.equal(flagged(torch.tensor([prompt])), before) and flagged.flag_on
+
+
+def test_the_layer_probe_learns_what_is_there_to_learn(flagged, tok):
+    make = lambda text, label: Example(tok.render(text)[0] + tok.encode("he"), len(tok.render(text)[0]), label)
+    examples = [make(f"{word} {i}", label) for i in range(20) for word, label in (("hello", "harmful"), ("the", "benign"))]
+    probe = LayerProbe(flagged, layer=2).fit(examples[:30])
+    scores = probe.scores(examples[30:])
+    assert auroc(scores[::2], scores[1::2]) == 1.0
+
+
+def test_refusals_are_found_by_substring():
+    assert refuses("I\u2019m sorry, but no.") and refuses("That would be ILLEGAL.") and not refuses("Sure, here is")
+
+
+# --------------------------------------------------------------------------------------------------- report
+
+def result(label, attack, i, score, seed=0, **more):
+    return {"set": label, "attack": attack, "seed": seed, "i": i, "score": score, "first": score / 2, "flag_prob": [score],
+            "score_new": None, "prefill": "", "text": "", "flag_at": 0 if score > 0.5 else None} | more
+
+
+def test_the_detection_table_by_hand():
+    results = [result("benign", "direct", i, i / 100) for i in range(100)]
+    results += [result("harmful", "direct", i, s) for i, s in enumerate((0.985, 0.99, 0.6, 0.4))]
+    line = report.detection(results, 0.5).splitlines()[-1]
+    cells = [c.strip() for c in line.strip("|").split("|")]
+    assert cells[:2] == ["direct", "4"] and cells[3].startswith("50.0% (") and cells[5].startswith("75.0% (19% to 99%")
+    assert cells[2].startswith(f"{auroc([0.985, 0.99, 0.6, 0.4], [i / 100 for i in range(100)]):.3f} (")
+
+
+def test_a_request_resampled_is_caught_only_if_every_sample_is():
+    results = [result("benign", "direct", i, 0.1) for i in range(3)]
+    results += [result("harmful", "resample", i, s, seed) for seed, row in enumerate([(0.9, 0.9), (0.9, 0.2)])
+                for i, s in enumerate(row)]
+    cells = report.detection(results, 0.5).splitlines()[-1].strip("|").split("|")
+    assert cells[1].strip() == "2" and cells[5].strip().startswith("50.0%")
+
+
+def test_several_seeds_give_a_mean_and_a_spread():
+    results = [result("benign", "direct", i, 0.1, seed) for i in range(3) for seed in (0, 1)]
+    results += [result("harmful", "direct", i, s, seed) for seed, row in enumerate([(0.9, 0.9), (0.9, 0.2)])
+                for i, s in enumerate(row)]
+    cells = report.detection(results, 0.5).splitlines()[-1].strip("|").split("|")
+    assert cells[5].strip() == "75.0% (16% to 100%) sd 35.4%"
+
+
+def test_false_positives_are_counted_by_answer_and_by_token():
+    results = [result("benign", "direct", i, 0.9, flag_prob=[0.9, 0.9, 0.1, 0.1]) for i in range(2)]
+    results += [result("benign", "direct", i, 0.1, flag_prob=[0.1] * 4) for i in range(2, 10)]
+    results += [result("borderline", "direct", 0, 0.1)]
+    cells = report.false_positives(results, 0.5).splitlines()[2].strip("|").split("|")
+    assert cells[2].strip().startswith("20.0%") and cells[3].strip() == "100.00"
+
+
+def test_flag_and_classifier_together_by_hand():
+    benign = [result("benign", "direct", i, i / 10, others={"classifier": (9 - i) / 10}) for i in range(10)]
+    harmful = [result("harmful", "direct", 0, 0.95, others={"classifier": 0.95}),
+               result("harmful", "direct", 1, 0.95, others={"classifier": 0.15}),
+               result("harmful", "direct", 2, 0.25, others={"classifier": 0.95}),
+               result("harmful", "direct", 3, 0.35, others={"classifier": 0.35})]
+    text = report.complementarity(benign + harmful)
+    assert [line.split("|")[2].split("(")[0].strip() for line in text.splitlines()[2:6]] == ["50.0%", "50.0%", "75.0%", "25.0%"]
+    assert "Missed by the flag 50.0%, by the classifier 50.0%, by both 25.0% (independent misses: 25.0%)" in text
+
+
+def test_onset_counts_and_delays_by_hand():
+    found = [{"onset": 2, "flag_prob": [0.1, 0.1, 0.1, 0.9]}, {"onset": 1, "flag_prob": [0.1] * 41 + [0.9]},
+             {"onset": 1, "flag_prob": [0.9, 0.9]}, {"onset": 0, "flag_prob": [0.1]}]
+    text = report.onsets(found, 0.5)
+    assert "| 1 | 0 | 1 | 1 | 0 | 0 | 0 | 1 |" in text and "(2 of 4): median 20 tokens" in text
+
+
+def test_the_pictures_are_drawn(monkeypatch, tiny, files):
+    pytest.importorskip("matplotlib")
+    _, folder = run(monkeypatch, tiny, files, "--attack", "direct,opening", "--plot")
+    for name in ("roc", "positions", "onset"):
+        assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
