@@ -50,7 +50,7 @@ def prefill(n_tok):
 def lengthen(model, tok, requests, n_tok):
     """The requests with harmful answers of n_tok tokens: the original model's own, ended where it would not end."""
     short = [r for r in requests if r["opening"] and len(tok.encode(r["response"])) < n_tok]
-    ban = {i: float("-inf") for i in tok.stop_ids}
+    ban = {i: float("-inf") for i in tok.special.values()}  # text that they leave no trace in would be shorter
     with model.flag_off():
         answers = list(generate(model, tok, [{"prompt": r["prompt"], "prefill": r["response"] or r["opening"]}
                                              for r in short], "off", n_tok, 0.7, logit_bias=ban, batch_size=24))

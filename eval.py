@@ -39,7 +39,7 @@ BATCH = 24
 @dataclass(frozen=True)
 class EvalConfig:
     adapter: str = option("out", "folder that train.py wrote")
-    full: bool = option(False, "all attacks, more prompts, longer answers: hours on a CPU")
+    full: bool = option(False, "all attacks, more requests, longer answers: an hour or two on 2 CPU cores")
     attack: str | None = option(None, "attacks, by name, with commas; 'none' for none (default: a quick dozen)")
     harmful: str | None = option(None, "records with harmful requests (default: those of the bundled dev split)")
     benign: str | None = option(None, "records with harmless requests (the same)")
@@ -57,7 +57,7 @@ class EvalConfig:
     pgd_steps: int = option(50, "steps of PGD on the embeddings")
     pgd_radius: float = option(0.3, "how far PGD may move a token's embedding, of the mean length")
     compare: str | None = option(None, "other adapters' folders, with commas, read on the same answers")
-    classifier: bool = option(False, "fit a probe on a middle layer too: an external classifier (2 more minutes)")
+    classifier: bool = option(False, "fit a probe on a middle layer too, as an external classifier; --full does")
     train: str = option(str(HERE / "data/mini/train.jsonl"), "what the classifier is fitted on")
     utility: str | None = option(None, "problems with a number as the answer, before and after (GSM8K's format)")
     plot: bool = option(False, "draw the pictures too (needs matplotlib)")
@@ -244,7 +244,6 @@ def say(text):
 
 def attack_all(model, tok, sets, config, record):
     """Answers and reads every group that is not on disk yet, batch by batch, saying how long it will take."""
-    longest = max([int(a.split("_")[1]) for a in config.attacks() if a.startswith("prefill_")], default=0)
     batches = []
     for label, attack, seed, requests in groups(config, sets):
         size = 1 if attack in GRADIENT else BATCH
@@ -252,10 +251,10 @@ def attack_all(model, tok, sets, config, record):
             batches.append((label, attack, seed, list(enumerate(requests))[start:start + size]))
     done = record.figures.get("batches", [])
     todo = [b for b in batches if [*b[:3], b[3][0][0]] not in done]
-    if any(b[1].startswith("prefill_") for b in todo):
-        n = config.n_requests(f"prefill_{longest}")
-        say(f"harmful answers of {longest} tokens, where there are none yet ...")
-        sets["harmful"][:n] = lengthen(model, tok, sets["harmful"][:n], longest)
+    for attack in sorted({b[1] for b in todo if b[1].startswith("prefill_")}, key=lambda a: int(a.split("_")[1])):
+        n, n_tok = config.n_requests(attack), int(attack.split("_")[1])
+        say(f"harmful answers of {n_tok} tokens, where there are none yet ...")
+        sets["harmful"][:n] = lengthen(model, tok, sets["harmful"][:n], n_tok)
     common = {k: getattr(config, k) for k in ("context_tok", "gcg_steps", "gcg_width", "pgd_steps", "pgd_radius")}
     common |= {"suffix_tok": 20, "benign": [{"response": r["own"] or r["reference"]} for r in sets["benign"]],
                "harmful": sets["harmful"]}
@@ -291,7 +290,7 @@ def compare(model, tok, folders, record, force=False):
         say(f"{len(todo)} answers read by {folder} ...")
         record.save(f"threshold {folder}", model.load_flag(folder, force)["threshold"])
         for r, f in zip(todo, flag_probs(model, [example_of(tok, r) for r in todo])):
-            r.setdefault("others", {})[folder] = max(f)
+            r.setdefault("others", {}).update({folder: max(f), f"{folder}, first position alone": f[0]})
         record.rewrite()
 
 
@@ -364,7 +363,7 @@ def main():
                  identity(config, sets) | {"threshold": model.threshold}, config.fresh)
     attack_all(model, tok, sets, config, record)
     measure_costs(model, tok, sets, config, record)
-    if config.classifier:
+    if config.classifier or config.full:
         classify(model, tok, config, record)
     compare(model, tok, folders, record)
     record.save("command", "python eval.py " + " ".join(sys.argv[1:]))

@@ -71,8 +71,8 @@ def make_page(answers, tok, threshold):
     articles = []
     for a in answers:
         prompt = a.prompt if isinstance(a.prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in a.prompt)
-        articles.append(f'<article data-score="{a.score:.6f}"><p class="prompt">{html.escape(prompt)}</p>'
-                        f'<p class="answer">{token_spans(a, tok)}</p><p class="verdict"></p></article>')
+        articles.append(f'<article data-score="{a.score:.6f}"><p class="prompt" dir="auto">{html.escape(prompt)}</p>'
+                        f'<p class="answer" dir="auto">{token_spans(a, tok)}</p><p class="verdict"></p></article>')
     start = max(-20.0, min(20.0, log_odds(threshold)))
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>The red flag, token by token</title>'
             f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body><header>'

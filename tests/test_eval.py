@@ -123,6 +123,7 @@ def test_other_adapters_and_the_classifier_read_the_same_answers(monkeypatch, ti
         prompt = tok.render(r["prompt"])[0]
         f, = flag_probs(flagged, [Example(prompt + r["tokens"], len(prompt), "")])
         assert r["others"][other] == pytest.approx(max(f), rel=1e-3) and "classifier" in r["others"]
+        assert r["others"][f"{other}, first position alone"] == pytest.approx(f[0], rel=1e-3)
     text = capsys.readouterr().out
     assert f"| {other} |" in text and "| classifier |" in text and "joint 1%" in text
 
