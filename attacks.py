@@ -8,7 +8,6 @@ prompt, opening (an affirmative first few words) and response (a harmful answer 
 None of these texts is about anything: the harm is in the request alone.
 """
 import base64
-import json
 import math
 
 import torch
@@ -42,20 +41,22 @@ def opening(request, model, tok, common):
 def prefill(n_tok):
     """The first n_tok tokens of a harmful answer by the model itself. None where the answer on hand is shorter."""
     def attack(request, model, tok, common):
-        ids = tok.encode(request["response"])
+        ids = tok.encode(request.get("long") or request["response"])
         return ask(request["prompt"], tok.decode(ids[:n_tok]).rstrip("\ufffd")) if len(ids) >= n_tok else None
     return attack
 
 
 def lengthen(model, tok, requests, n_tok):
-    """The requests with harmful answers of n_tok tokens: the original model's own, ended where it would not end."""
-    short = [r for r in requests if r["opening"] and len(tok.encode(r["response"])) < n_tok]
-    ban = {i: float("-inf") for i in tok.special.values()}  # text that they leave no trace in would be shorter
+    """Gives each request with an opening a harmful answer of n_tok tokens, `long`, where what it has is shorter: the
+    original model's own, which goes on where that one ended. All control tokens are banned, so it can't end."""
+    said = lambda r: r.get("long") or r["response"] or r["opening"]
+    short = [r for r in requests if r["opening"] and len(tok.encode(said(r))) < n_tok]
+    ban = {i: float("-inf") for i in tok.special.values()}
     with model.flag_off():
-        answers = list(generate(model, tok, [{"prompt": r["prompt"], "prefill": r["response"] or r["opening"]}
-                                             for r in short], "off", n_tok, 0.7, logit_bias=ban, batch_size=24))
-    longer = {json.dumps(r["prompt"]): r | {"response": a.text} for r, a in zip(short, answers)}
-    return [longer.get(json.dumps(r["prompt"]), r) for r in requests]
+        answers = generate(model, tok, [{"prompt": r["prompt"], "prefill": said(r)} for r in short], "off", n_tok, 0.7,
+                           logit_bias=ban, batch_size=24)
+        for r, a in zip(short, answers):
+            r["long"] = a.text
 
 
 # --------------------------------------------------------------------------------------------- long contexts

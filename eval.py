@@ -254,7 +254,7 @@ def attack_all(model, tok, sets, config, record):
     for attack in sorted({b[1] for b in todo if b[1].startswith("prefill_")}, key=lambda a: int(a.split("_")[1])):
         n, n_tok = config.n_requests(attack), int(attack.split("_")[1])
         say(f"harmful answers of {n_tok} tokens, where there are none yet ...")
-        sets["harmful"][:n] = lengthen(model, tok, sets["harmful"][:n], n_tok)
+        lengthen(model, tok, sets["harmful"][:n], n_tok)
     common = {k: getattr(config, k) for k in ("context_tok", "gcg_steps", "gcg_width", "pgd_steps", "pgd_radius")}
     common |= {"suffix_tok": 20, "benign": [{"response": r["own"] or r["reference"]} for r in sets["benign"]],
                "harmful": sets["harmful"]}
@@ -266,6 +266,7 @@ def attack_all(model, tok, sets, config, record):
         spent += cost(batch)
         left = (time.perf_counter() - began) * (total - spent) / spent
         say(f"{batch[0]} {batch[1]}, seed {batch[2]}: {len(batch[3])} answers, {left / 60:.1f} min left")
+    record.rewrite()  # a batch that an interruption hit between the two files stands twice in the first
 
 
 def cost(batch):

@@ -52,14 +52,14 @@ def test_a_prefilled_model_goes_on_from_the_prefix_and_the_flag_judges_it(flagge
 
 def test_a_prefill_longer_than_the_answer_on_hand_is_left_out_until_the_answer_is_lengthened(flagged, tok):
     assert run("prefill_100", flagged, tok) is None
-    longer, = lengthen(flagged, tok, [REQUEST], 100)
-    assert longer["response"].startswith(REQUEST["response"])
-    assert len(tok.encode(run("prefill_100", flagged, tok, longer)["prefill"])) >= 90  # text may merge into fewer tokens
-    with flagged.flag_off():  # the words are the original model's
-        plain, = lengthen(flagged, tok, [REQUEST], 100)
-    assert plain == longer
-    none = REQUEST | {"opening": "", "response": ""}
-    assert lengthen(flagged, tok, [none], 100) == [none]
+    longer, plain, none = dict(REQUEST), dict(REQUEST), REQUEST | {"opening": "", "response": ""}
+    lengthen(flagged, tok, [longer, none], 100)
+    assert longer["long"].startswith(REQUEST["response"]) and "long" not in none
+    assert longer == REQUEST | {"long": longer["long"]}  # the answer that it has stays
+    assert len(tok.encode(run("prefill_100", flagged, tok, longer)["prefill"])) >= 95  # cut text may merge anew
+    with flagged.flag_off():
+        lengthen(flagged, tok, [plain], 100)
+    assert plain == longer  # the words are the original model's
 
 
 @pytest.mark.parametrize("name, before, after", [("long_start", 0, 50), ("long_middle", 25, 25), ("long_end", 50, 0)])

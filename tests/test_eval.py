@@ -66,6 +66,15 @@ def test_the_command_writes_a_record_an_answer_and_a_report(monkeypatch, tiny, f
         assert title in text
 
 
+def test_long_prefills_are_written_first_and_leave_the_answers_of_the_file_alone(monkeypatch, tiny, files, tok):
+    results, _ = run(monkeypatch, tiny, files, "--attack", "prefill_25,prefill_100,opening")
+    for n in (25, 100):
+        found = [r for r in results if r["attack"] == f"prefill_{n}"]
+        assert len(found) == 3 and all(0 < len(r["tokens"]) - r["n_prefill"] <= 4 for r in found)
+        assert max(r["n_prefill"] for r in found) > 0.8 * n  # random bytes are no UTF-8, and some are lost as text
+    assert all(r["text"] == f"hello the hell {r['prompt'][-1]} ll hello" for r in results if r["attack"] == "opening")
+
+
 def test_an_answer_from_the_file_is_read_as_a_plain_forward_reads_it(monkeypatch, tiny, files, flagged, tok):
     results, _ = run(monkeypatch, tiny, files, "--attack", "opening")
     r = next(r for r in results if r["attack"] == "opening" and r["own"])
