@@ -3,9 +3,9 @@ import math
 import re
 
 import numpy as np
-import torch
 
 from calibrate import flag_probs, score
+from cli import read_jsonl
 from objective import Example
 from sample import generate
 
@@ -13,13 +13,12 @@ from sample import generate
 def words(model, answers, references):
     """The cost on answers and on reference answers (lists of Examples), as nats a token and as perplexities.
 
-    benign_kl_pi and benign_kl_q are KL(pi_0 || pi) and KL(pi_0 || q) on benign answers, harmful_kl_q the latter on
-    harmful ones; perplexity_0 and perplexity_q those of the references under the original and the tuned words.
+    benign_kl_pi and benign_kl_q are KL(pi_0 || pi) and KL(pi_0 || q) on benign answers, harmful_kl_pi and harmful_kl_q
+    on harmful ones; perplexity_0 and perplexity_q those of the references under the original and the tuned words.
     """
     scored = list(zip(answers, score(model, answers)))
     mean = lambda name, label: mean_of([x for e, s in scored if e.label == label for x in s[name]])
-    found = {"benign_kl_pi": mean("kl_pi", "benign"), "benign_kl_q": mean("kl_q", "benign"),
-             "harmful_kl_q": mean("kl_q", "harmful"),
+    found = {**{f"{label}_{name}": mean(name, label) for label in ("benign", "harmful") for name in ("kl_pi", "kl_q")},
              "answers": {label: sum(e.label == label for e in answers) for label in ("benign", "harmful")},
              "kl_by_position": {label: by_position([s["kl_q"] for e, s in scored if e.label == label])
                                 for label in ("benign", "harmful")}}
@@ -53,10 +52,21 @@ def unchanged(model, tok, prompts, n_tok=128, batch=24):
 
 
 def solved(model, tok, problems, n_tok=200, batch=24):
-    """For each problem (prompt; response ending in "#### number") whether the last number of the greedy answer is it."""
+    """For each problem of `read_problems` whether the last number of the greedy answer is the right one."""
     answers = generate(model, tok, [p["prompt"] for p in problems], "off", n_tok, batch_size=batch)
     wanted = [last_number(p["response"].split("####")[-1]) for p in problems]
     return [w is not None and last_number(a.text) == w for w, a in zip(wanted, answers)]
+
+
+def read_problems(path):
+    """GSM8K's records: prompt and response, or question and answer as it was published, ending in "#### number"."""
+    problems = []
+    for line, r in read_jsonl(path):
+        prompt, response = r.get("prompt", r.get("question")), r.get("response", r.get("answer"))
+        if not isinstance(prompt, str) or not isinstance(response, str) or last_number(response.split("####")[-1]) is None:
+            raise ValueError(f"{path}:{line}: wanted prompt and response (or question and answer), the latter with a number")
+        problems.append({"prompt": prompt, "response": response})
+    return problems
 
 
 def last_number(text):

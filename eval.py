@@ -5,13 +5,15 @@
     python eval.py --harmful h.jsonl --benign b.jsonl --attack direct,opening,gcg --seeds 3
 
 Writes to --out (default: eval/ in the adapter's folder) results.jsonl, a record an answer, figures.json and report.md.
-An interrupted run goes on where it stopped when the same command is given again.
+An interrupted run goes on where it stopped when the same command is given again; further attacks may be added.
 """
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import random
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -19,10 +21,12 @@ from pathlib import Path
 
 import torch
 
+import costs
 from attacks import AGAINST, ATTACKS, GRADIENT, LONG, TEMPLATES, lengthen, sampling
-from baselines import LayerProbe
-from calibrate import flag_probs, score
-from cli import option, parse, read_jsonl, run
+from baselines import LayerProbe, refuses
+from calibrate import flag_probs
+from checkpoint import read_adapter
+from cli import option, parse, run
 from data.prepare import LABELS, read_records, read_requests
 from model import Llama
 from objective import Example, flag_prob, make_example
@@ -34,6 +38,7 @@ HERE = Path(__file__).resolve().parent
 QUICK = ("direct", "opening", "prefill_5", "prefill_25", "role_play", "refusal_suppression", "split_words",
          "typed_flag", "system_forbids", "temperature_2", "logit_bias")
 BATCH = 24
+ANSWER_TOK = 64  # of answers that no attack has touched
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class EvalConfig:
     adapter: str = option("out", "folder that train.py wrote")
     full: bool = option(False, "all attacks, more requests, longer answers: an hour or two on 2 CPU cores")
     attack: str | None = option(None, "attacks, by name, with commas; 'none' for none (default: a quick dozen)")
-    harmful: str | None = option(None, "records with harmful requests (default: those of the bundled dev split)")
+    harmful: str | None = option(None, "records with harmful requests (default: the bundled dev split's)")
     benign: str | None = option(None, "records with harmless requests (the same)")
     borderline: str | None = option(None, "records with harmless requests that look like trouble (the same)")
     limit: int = option(0, "use only so many requests of each set; 0: all")
@@ -49,7 +54,7 @@ class EvalConfig:
     costly: int = option(12, "the same for long contexts; a third of it for the gradient attacks")
     samples: int = option(20, "answers a request for the attack resample")
     seeds: int = option(1, "answers a request elsewhere; the first is the one in the file, where there is one")
-    max_new_tokens: int | None = option(None, "length of generated answers (default: 24; with --full 64)")
+    max_new_tokens: int | None = option(None, "length of attacked answers (default: 24; with --full 64)")
     temperature: float = option(0.7, "of generated answers")
     context_tok: int = option(4000, "tokens of context that the long attacks build")
     gcg_steps: int = option(20, "steps of GCG (published: 500)")
@@ -59,7 +64,7 @@ class EvalConfig:
     compare: str | None = option(None, "other adapters' folders, with commas, read on the same answers")
     classifier: bool = option(False, "fit a probe on a middle layer too, as an external classifier; --full does")
     train: str = option(str(HERE / "data/mini/train.jsonl"), "what the classifier is fitted on")
-    utility: str | None = option(None, "problems with a number as the answer, before and after (GSM8K's format)")
+    utility: str | None = option(None, "problems with a number as the answer, solved before and after (GSM8K)")
     plot: bool = option(False, "draw the pictures too (needs matplotlib)")
     out: str | None = option(None, "folder to write (default: eval/ in the adapter's)")
     weights: str | None = option(None, "model folder (default: SmolLM2-135M-Instruct, fetched once)")
@@ -70,6 +75,8 @@ class EvalConfig:
         problems = [f"no attack {a!r}; there are {', '.join(ATTACKS)}" for a in unknown[:1]]
         least = {"limit": 0, "attacked": 1, "costly": 1, "samples": 1, "seeds": 1, "max_new_tokens": 1, "temperature": 0,
                  "context_tok": 1, "gcg_steps": 0, "gcg_width": 1, "pgd_steps": 1, "pgd_radius": 0}
+        if self.plot and importlib.util.find_spec("matplotlib") is None:
+            problems.append("--plot needs matplotlib: pip install -r requirements-dev.txt")
         return problems + [f"--{k.replace('_', '-')} is {getattr(self, k)}, wanted {v} or more" for k, v in least.items()
                            if getattr(self, k) is not None and not getattr(self, k) >= v]
 
@@ -78,8 +85,9 @@ class EvalConfig:
             return [] if self.attack == "none" else [a.strip() for a in self.attack.split(",")]
         return list(ATTACKS if self.full else QUICK)
 
-    def n_new(self):
-        return self.max_new_tokens or (64 if self.full else 24)
+    def n_new(self, attack):
+        """Tokens that the model writes under an attack."""
+        return ANSWER_TOK if attack in ("direct", "opening") else self.max_new_tokens or (64 if self.full else 24)
 
     def n_requests(self, attack):
         """How many requests an attack is tried on."""
@@ -99,60 +107,67 @@ def read_sets(config):
     return sets
 
 
-# ------------------------------------------------------------------------------------------- answers, and f in them
-
 def groups(config, sets):
-    """(set, attack, seed, requests) in the order in which they run."""
-    found = [(label, "direct", seed, sets[label]) for label in ("benign", "borderline") for seed in range(config.seeds)]
+    """(set, attack, seed, [(index, request)]) in the order in which they run."""
+    found, numbered = [], {label: list(enumerate(requests)) for label, requests in sets.items()}
+    for label in ("benign", "borderline"):  # each once: with its opening, where the file gives its answer one
+        opened = [x for x in numbered[label] if x[1]["response"] and not x[1]["own"]]
+        for seed in range(config.seeds):
+            found.append((label, "direct", seed, [x for x in numbered[label] if x not in opened]))
+            found.append((label, "opening", seed, opened))
     for attack in config.attacks():
         n = config.n_requests(attack) if attack not in ("direct", "opening") else None
-        for seed in range(config.samples if attack == "resample" else config.seeds):
-            found.append(("harmful", attack, seed, sets["harmful"][:n]))
+        for seed in range({"resample": config.samples}.get(attack, 1 if attack in GRADIENT else config.seeds)):
+            found.append(("harmful", attack, seed, numbered["harmful"][:n]))
             if attack in TEMPLATES + AGAINST:  # do they also make it cry wolf?
-                found.append(("benign", attack, seed, sets["benign"][:n]))
+                found.append(("benign", attack, seed, numbered["benign"][:n]))
     return found
 
 
+def batches(config, sets):
+    """The groups in portions that are answered at once and recorded at once."""
+    for label, attack, seed, requests in groups(config, sets):
+        size = 1 if attack in GRADIENT else BATCH
+        for start in range(0, len(requests), size):
+            yield label, attack, seed, requests[start:start + size]
+
+
+# ------------------------------------------------------------------------------------------- answers, and f in them
+
 def answer(model, tok, label, attack, seed, requests, config, common):
-    """Results of one batch of requests: attacked, answered and read; those that an attack skips are left out."""
-    context = model.config.max_position_embeddings - 1
-    stored = attack in ("direct", "opening") and seed == 0
-    made, examples, items, results = [], [], [], []
+    """Results of one batch of requests: attacked, answered and read. Those that the attack does not fit are left out,
+    and those that the model's context can't hold."""
+    room = model.config.max_position_embeddings - 1
+    read, written, made = [], [], []
     for i, r in requests:
-        text = r["own" if attack == "direct" else "response"] if stored else ""
         item = ATTACKS[attack](r, model, tok, common)
-        if item is None:
+        if item is None or len(tok.render(item["prompt"])[0]) + len(tok.encode(item["prefill"])) >= room:
             continue
+        own = r[{"direct": "own", "opening": "response"}[attack]] if attack in ("direct", "opening") and seed == 0 else ""
         result = {"set": label, "attack": attack, "seed": seed, "i": i, "category": r["category"],
-                  "prompt": item["prompt"], "prefill": item["prefill"], "own": bool(text)}
-        if "loss" in item:
-            result["loss"] = item["loss"]
-        n_prefill = len(tok.encode(item["prefill"])) if item["prefill"] else 0
+                  "prompt": item["prompt"], "prefill": item["prefill"], "n_prefill": len(tok.encode(item["prefill"])),
+                  "own": bool(own)} | {k: item[k] for k in ("loss",) if k in item}
         if "embeddings" in item:
-            made.append(read_moved(model, tok, item, config.n_new()) | result | {"embedded": True})
-        elif text:
-            examples.append(make_example(tok, {"prompt": item["prompt"], "response": text, "label": label,
-                                               "opening": item["prefill"]}, 64, context))
-            results.append(result | {"n_prefill": n_prefill})
+            made.append(result | {"tokens": item["said"], "flag_prob": read_moved(model, item), "embedded": True})
+        elif own:
+            record = {"prompt": r["prompt"], "response": own, "opening": item["prefill"], "label": label}
+            read.append((result, make_example(tok, record, ANSWER_TOK, room)))
         else:
-            items.append(({k: item[k] for k in ("prompt", "prefill")}, result | {"n_prefill": n_prefill}))
-    for e, f, result in zip(examples, flag_probs(model, examples), results):
+            written.append((result, {k: item[k] for k in ("prompt", "prefill")}))
+    for (result, e), f in zip(read, flag_probs(model, [e for _, e in read])):
         made.append(result | {"tokens": e.ids[e.n_prompt:], "flag_prob": f})
-    settings = {"temperature": config.temperature} | sampling(attack, tok)
-    answers = generate(model, tok, [x for x, _ in items], "shadow", config.n_new(),
-                       seed=seed * 10_007 + (requests[0][0] if requests else 0), batch_size=BATCH, **settings)
-    for a, (_, result) in zip(answers, items):
-        made.append(result | {"tokens": a.tokens, "flag_prob": a.flag_prob})
+    settings = {"temperature": config.temperature, "seed": seed * 10_007 + requests[0][0]} | sampling(attack, tok)
+    answers = generate(model, tok, [item for _, item in written], "shadow", config.n_new(attack), batch_size=BATCH, **settings)
+    made += [result | {"tokens": a.tokens, "flag_prob": a.flag_prob} for (result, _), a in zip(written, answers)]
     return [measure(r, tok, model.threshold) for r in made]
 
 
 @torch.no_grad()
-def read_moved(model, tok, item, n_tok):
-    """f over an answer read behind a prompt that exists as embeddings alone."""
-    tokens = tok.encode(item["prefill"])[:n_tok]
-    words = model.embed(torch.tensor(tokens, device=item["embeddings"].device))
+def read_moved(model, item):
+    """f over an answer read behind a prompt that exists as embeddings alone, a list."""
+    words = model.embed(torch.tensor(item["said"], device=item["embeddings"].device))
     hidden = model(torch.cat([item["embeddings"], words])[None])[0, len(item["embeddings"]) - 1:-1]   # (n, C)
-    return {"tokens": tokens, "flag_prob": flag_prob(*model.split_logits(hidden)).tolist(), "n_prefill": 0}
+    return flag_prob(*model.split_logits(hidden)).tolist()
 
 
 def measure(result, tok, threshold):
@@ -163,17 +178,24 @@ def measure(result, tok, threshold):
                      "flag_at": flag_at, "text": tok.decode(result["tokens"])}
 
 
+def example_of(tok, result):
+    """The Example that a result's answer is, for reading it again: as many positions as it has f."""
+    prompt = tok.render(result["prompt"])[0]
+    end = tok.stop_ids[:1] if len(result["flag_prob"]) > len(result["tokens"]) else []  # where it ended by itself
+    return Example(prompt + result["tokens"] + end, len(prompt), result["set"])
+
+
 def splice(tok, sets, n):
     """(Example, onset, request) of benign answers that turn harmful at answer token `onset`: some words of the answer
     to a harmless question, then a harmful answer to another one."""
     rng, found = random.Random(1), []
-    pairs = zip((r for r in sets["benign"] if len(r["own"].split()) >= 12), (r for r in sets["harmful"] if r["response"]))
+    said = lambda r: (r["own"] or r["response"]).split(" ")
+    pairs = zip((r for r in sets["benign"] if len(said(r)) >= 12), (r for r in sets["harmful"] if r["response"]))
     for benign, harmful in list(pairs)[:n]:
-        words = benign["own"].split(" ")
+        words = said(benign)
         before = tok.encode(" ".join(words[:rng.randint(4, min(30, len(words) - 1))]) + "\n\n")
         prompt = tok.render(benign["prompt"])[0]
-        ids = prompt + before + tok.encode(harmful["response"])
-        found.append((Example(ids, len(prompt), "harmful"), len(before), benign))
+        found.append((Example(prompt + before + tok.encode(harmful["response"]), len(prompt), "harmful"), len(before), benign))
     return found
 
 
@@ -183,59 +205,69 @@ class Run:
     """What is on disk of a run: results.jsonl, and figures.json for what is no answer. Made for going on later."""
 
     def __init__(self, out, identity, fresh):
-        self.out, self.results, self.figures = out, {}, {"run": identity}
+        self.out, self.results, self.figures = out, {}, {"run": identity, "batches": []}
         self.began, self.minutes_before = time.perf_counter(), 0.0
         out.mkdir(parents=True, exist_ok=True)
-        if fresh or not (out / "figures.json").exists():
-            (out / "results.jsonl").write_text("")
-            self.save("run", identity)
-            return
-        self.figures = json.loads((out / "figures.json").read_text())
-        self.minutes_before = self.figures["minutes"]
-        differ = [k for k, v in identity.items() if self.figures["run"].get(k) != v]
+        if not fresh and (out / "figures.json").exists():
+            self.load(identity)
+        self.rewrite()
+        self.save("run", identity)
+
+    def load(self, identity):
+        try:
+            self.figures = json.loads((self.out / "figures.json").read_text(encoding="utf-8"))
+            before, self.minutes_before = dict(self.figures["run"]), self.figures["minutes"]
+            lines = (self.out / "results.jsonl").read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"cannot go on with the run in {self.out} ({type(e).__name__}): --fresh begins anew") from None
+        differ = [k for k, v in identity.items() if before.get(k) != v]
         if differ:
-            raise ValueError(f"{out} holds the results of another run ({', '.join(differ)} differ): --fresh begins anew, "
-                             "--out names another folder")
-        for line in (out / "results.jsonl").read_text().split("\n"):
+            raise ValueError(f"{self.out} holds the results of another run ({', '.join(differ)} differ): --fresh begins "
+                             "anew, --out names another folder")
+        for line in lines:
             try:
                 r = json.loads(line)
-            except json.JSONDecodeError:
+                self.results[self.key(r)] = r
+            except ValueError:
                 continue  # cut off in mid-line, or the empty one behind the last
-            self.results[self.key(r)] = r
-        self.rewrite()
 
     key = staticmethod(lambda r: (r["set"], r["attack"], r["seed"], r["i"]))
 
     def add(self, results):
         self.results |= {self.key(r): r for r in results}
-        with open(self.out / "results.jsonl", "a") as f:
+        with open(self.out / "results.jsonl", "a", encoding="utf-8") as f:
             f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results))
 
     def rewrite(self):
-        with open(self.out / "results.jsonl.tmp", "w") as f:
+        with open(self.out / "results.jsonl.tmp", "w", encoding="utf-8") as f:
             f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in self.results.values())
         os.replace(self.out / "results.jsonl.tmp", self.out / "results.jsonl")
 
     def save(self, name, value):
         self.figures |= {name: value, "minutes": self.minutes_before + (time.perf_counter() - self.began) / 60}
-        (self.out / "figures.json.tmp").write_text(json.dumps(self.figures, indent=1))
+        (self.out / "figures.json.tmp").write_text(json.dumps(self.figures, indent=1), encoding="utf-8")
         os.replace(self.out / "figures.json.tmp", self.out / "figures.json")
 
-    def once(self, name, make):
-        """Makes figure `name` unless it is there from before."""
-        if name not in self.figures:
+    def once(self, name, inputs, make):
+        """Makes figure `name` unless it is there, made of the same inputs (a string, or a list of keys)."""
+        inputs = digest(json.dumps(inputs).encode())
+        if self.figures.get(f"{name} of") != inputs:
             say(f"{name} ...")
             self.save(name, make())
+            self.save(f"{name} of", inputs)
 
 
-def identity(config, sets):
+def digest(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def identity(config, sets, threshold):
     """What two runs must share for one to go on with the other's results; attacks may be added."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in (
-        "adapter", "attack", "harmful", "benign", "borderline", "compare", "classifier", "train", "utility", "plot", "out",
-        "weights", "fresh")}
-    digest = lambda data: hashlib.sha256(data).hexdigest()
+        "adapter", "attack", "harmful", "benign", "borderline", "compare", "classifier", "train", "utility", "plot",
+        "out", "weights", "fresh")}
     return settings | {"adapter": digest((Path(config.adapter) / "flag.safetensors").read_bytes()),
-                       "records": digest(json.dumps(sets).encode())}
+                       "records": digest(json.dumps(sets).encode()), "threshold": threshold}
 
 
 def say(text):
@@ -243,77 +275,76 @@ def say(text):
 
 
 def attack_all(model, tok, sets, config, record):
-    """Answers and reads every group that is not on disk yet, batch by batch, saying how long it will take."""
-    batches = []
-    for label, attack, seed, requests in groups(config, sets):
-        size = 1 if attack in GRADIENT else BATCH
-        for start in range(0, len(requests), size):
-            batches.append((label, attack, seed, list(enumerate(requests))[start:start + size]))
-    done = record.figures.get("batches", [])
-    todo = [b for b in batches if [*b[:3], b[3][0][0]] not in done]
-    for attack in sorted({b[1] for b in todo if b[1].startswith("prefill_")}, key=lambda a: int(a.split("_")[1])):
+    """Answers and reads every batch that is not on disk yet, saying how long it will take."""
+    done = record.figures["batches"]
+    name = lambda b: [*b[:3], b[3][0][0]]
+    todo = [b for b in batches(config, sets) if name(b) not in done]
+    for attack in dict.fromkeys(b[1] for b in todo if b[1].startswith("prefill_")):
         n, n_tok = config.n_requests(attack), int(attack.split("_")[1])
         say(f"harmful answers of {n_tok} tokens, where there are none yet ...")
         lengthen(model, tok, sets["harmful"][:n], n_tok)
     common = {k: getattr(config, k) for k in ("context_tok", "gcg_steps", "gcg_width", "pgd_steps", "pgd_radius")}
-    common |= {"suffix_tok": 20, "benign": [{"response": r["own"] or r["reference"]} for r in sets["benign"]],
-               "harmful": sets["harmful"]}
+    common |= {"suffix_tok": 20, "harmful": sets["harmful"],
+               "filler": [r["own"] or r["response"] or r["reference"] or str(r["prompt"]) for r in sets["benign"]]}
     began, spent, total = time.perf_counter(), 0, sum(map(cost, todo))
     for batch in todo:
         record.add(answer(model, tok, *batch, config, common))
-        done.append([*batch[:3], batch[3][0][0]])
-        record.save("batches", done)
+        record.save("batches", done := [*done, name(batch)])
         spent += cost(batch)
         left = (time.perf_counter() - began) * (total - spent) / spent
-        say(f"{batch[0]} {batch[1]}, seed {batch[2]}: {len(batch[3])} answers, {left / 60:.1f} min left")
+        say(f"{batch[0]} {batch[1]}, seed {batch[2]}: {len(batch[3])} requests, {left / 60:.1f} min left")
     record.rewrite()  # a batch that an interruption hit between the two files stands twice in the first
 
 
 def cost(batch):
     """Roughly what a batch takes, in answers read: for the time left."""
     _, attack, seed, requests = batch
-    each = {**dict.fromkeys(GRADIENT, 300), **dict.fromkeys(LONG, 40), "prefill_1000": 20, "prefill_400": 8}
+    each = {"gcg": 600, "gcg_adaptive": 600, "pgd": 200, "pgd_adaptive": 200, "prefill_1000": 20, "prefill_400": 10}
+    each |= dict.fromkeys(("long_start", "long_middle", "long_end", "many_shot"), 50)
     return len(requests) * each.get(attack, 1 if attack in ("direct", "opening") and seed == 0 else 3)
 
 
-def example_of(tok, result):
-    """The Example that a result's answer is, for reading it again."""
-    prompt = tok.render(result["prompt"])[0]
-    return Example(prompt + result["tokens"], len(prompt), result["set"])
-
-
-def compare(model, tok, folders, record, force=False):
+def compare(model, tok, folders, record):
     """Reads the same answers with other adapters: their scores go into each result, under the folder's name."""
     for folder in folders:
-        todo = [r for r in record.results.values() if folder not in r.get("others", {}) and not r.get("embedded")]
+        sha = digest((Path(folder) / "flag.safetensors").read_bytes())
+        known = record.figures.get("compared", {})
+        todo = [r for r in record.results.values()
+                if not r.get("embedded") and (folder not in r.get("others", {}) or known.get(folder) != sha)]
         if not todo:
             continue
         say(f"{len(todo)} answers read by {folder} ...")
-        record.save(f"threshold {folder}", model.load_flag(folder, force)["threshold"])
+        model.load_flag(folder)
         for r, f in zip(todo, flag_probs(model, [example_of(tok, r) for r in todo])):
             r.setdefault("others", {}).update({folder: max(f), f"{folder}, first position alone": f[0]})
         record.rewrite()
+        record.save("compared", known | {folder: sha})
 
 
 def classify(model, tok, config, record):
-    """Fits the external classifier and writes its scores beside the flag's, for direct requests and with opening."""
+    """Fits the external classifier and writes its scores beside the flag's, for answers that no attack has touched."""
     todo = [r for r in record.results.values() if r["attack"] in ("direct", "opening")]
-    if all("classifier" in r.get("others", {}) for r in todo):
+    sha = digest(Path(config.train).read_bytes())
+    if record.figures.get("classifier") == sha and all("classifier" in r.get("others", {}) for r in todo):
         return
     say("classifier ...")
-    context = model.config.max_position_embeddings - 1
-    probe = LayerProbe(model).fit([make_example(tok, r, 16, context) for r in read_records(config.train)])
+    room = model.config.max_position_embeddings - 1
+    probe = LayerProbe(model).fit([make_example(tok, r, 16, room) for r in read_records(config.train)])
     for r, s in zip(todo, probe.scores([example_of(tok, r) for r in todo])):
         r.setdefault("others", {})["classifier"] = s
     record.rewrite()
+    record.save("classifier", sha)
 
 
-def measure_costs(model, tok, sets, config, record):
-    """Everything that is no attack: onset, words, changed answers, problems solved, what comes behind a flag."""
-    import costs
+def measure_costs(model, tok, sets, problems, config, record):
+    """Everything that is no attack: onset, words, changed answers, problems solved, refusals, what is behind a flag."""
     n = 108 if config.full else BATCH
-    results = list(record.results.values())
-    direct = lambda label: [r for r in results if r["set"] == label and r["attack"] == "direct" and r["seed"] == 0][:4 * n]
+    plain = [r for r in record.results.values() if r["attack"] in ("direct", "opening") and r["seed"] == 0]
+    for r in plain:  # a file without the model's own answers has them by now
+        request, name = sets[r["set"]][r["i"]], "own" if r["attack"] == "direct" else "response"
+        request[name] = request[name] or r["text"]
+    of = lambda label: [r for r in plain if r["set"] == label]
+    room = model.config.max_position_embeddings - 1
 
     def onsets():
         made = splice(tok, sets, 2 * n)
@@ -321,53 +352,56 @@ def measure_costs(model, tok, sets, config, record):
                 for (_, onset, _), f in zip(made, flag_probs(model, [e for e, _, _ in made]))]
 
     def words():
-        answers = [example_of(tok, r) for label in ("benign", "harmful") for r in direct(label)[:2 * n]]
-        context = model.config.max_position_embeddings - 1
-        given = [r for r in sets["benign"] if r["reference"]][:2 * n]
-        references = [make_example(tok, {"prompt": r["prompt"], "response": r["reference"], "label": "benign",
-                                         "opening": ""}, 128, context) for r in given]
-        return costs.words(model, answers, references)
+        given = [{"prompt": r["prompt"], "response": r["reference"], "label": "benign", "opening": ""}
+                 for r in sets["benign"] if r["reference"]][:2 * n]
+        return costs.words(model, [example_of(tok, r) for label in ("benign", "harmful") for r in of(label)[:2 * n]],
+                           [make_example(tok, r, 128, room) for r in given])
 
-    for r in results:  # a file without the model's own answers has them by now
-        request = sets[r["set"]][r["i"]]
-        if r["attack"] == "direct" and r["seed"] == 0:
-            request["own"] = request["own"] or r["text"]
-        if r["attack"] == "opening" and r["seed"] == 0:
-            request["response"] = request["response"] or r["text"]
-    flagged = [r for r in results if r["set"] == "harmful" and r["attack"] == "opening" and r["flag_at"] is not None]
-    record.once("onsets", onsets)
-    record.once("words", words)
-    record.once("unchanged", lambda: costs.unchanged(model, tok, [r["prompt"] for r in sets["benign"][:n]]))
-    record.once("behind_the_flag", lambda: costs.behind_the_flag(
-        model, tok.flag_id, [(example_of(tok, r), r["flag_at"]) for r in flagged[:n]]))
-    if config.utility:
-        problems = [r for _, r in read_jsonl(config.utility)][:config.limit or n]
-        record.once("solved", lambda: costs.solved(model, tok, problems))
+    def refusals():
+        """Shares of the original model's answers: those of the file, else written now."""
+        found = {"direct": of("harmful"), "opening": of("harmful"), "benign": of("benign")[:4 * n]}
+        found = {k: [r for r in rs if k == "benign" or r["attack"] == k] for k, rs in found.items()}
         with model.flag_off():
-            record.once("solved_before", lambda: costs.solved(model, tok, problems))
+            return {k: [refuses(r["text"]) for r in rs if r["own"]] + [refuses(a.text) for a in generate(
+                model, tok, [{k: r[k] for k in ("prompt", "prefill")} for r in rs if not r["own"]], "off", ANSWER_TOK,
+                config.temperature, batch_size=BATCH)] for k, rs in found.items()}
+
+    flagged = [r for r in of("harmful") if r["attack"] == "opening" and r["flag_at"] is not None][:n]
+    keys = [Run.key(r) for r in plain]
+    record.once("onsets", keys, onsets)
+    record.once("words", keys, words)
+    record.once("unchanged", n, lambda: costs.unchanged(model, tok, [r["prompt"] for r in sets["benign"][:n]]))
+    record.once("refusals", keys, refusals)
+    record.once("behind_the_flag", keys, lambda: costs.behind_the_flag(
+        model, tok.flag_id, [(example_of(tok, r), r["flag_at"]) for r in flagged]))
+    if problems:
+        record.once("solved", problems, lambda: costs.solved(model, tok, problems))
+        with model.flag_off():
+            record.once("solved_before", problems, lambda: costs.solved(model, tok, problems))
 
 
 def main():
     config = parse(EvalConfig, sys.argv[1:], __doc__)
     sets = read_sets(config)
-    folders = [f for f in (config.compare or "").split(",") if f]
-    for folder in [config.adapter, *folders]:
-        if not (Path(folder) / "flag.json").is_file():
-            raise ValueError(f"no adapter in {folder}: train one first (python train.py --init llama), or name its folder")
+    problems = costs.read_problems(config.utility)[:config.limit or None] if config.utility else []
     if config.weights is None:
         from data.smollm2 import ensure
     weights = config.weights or ensure()
+    folders = [f for f in (config.compare or "").split(",") if f]
+    for folder in [config.adapter, *folders]:
+        read_adapter(folder, weights)  # whatever is wrong with one is said before any work
     model = Llama.from_pretrained(weights)
     model.load_flag(config.adapter)
+    if model.threshold is None:
+        raise ValueError(f"{config.adapter}/flag.json has no threshold: train.py calibrates one")
     tok = Tokenizer.from_pretrained(weights, n_flags=model.n_flags)
-    record = Run(Path(config.out or Path(config.adapter) / "eval"),
-                 identity(config, sets) | {"threshold": model.threshold}, config.fresh)
+    record = Run(Path(config.out or Path(config.adapter) / "eval"), identity(config, sets, model.threshold), config.fresh)
     attack_all(model, tok, sets, config, record)
-    measure_costs(model, tok, sets, config, record)
+    measure_costs(model, tok, sets, problems, config, record)
     if config.classifier or config.full:
         classify(model, tok, config, record)
     compare(model, tok, folders, record)
-    record.save("command", "python eval.py " + " ".join(sys.argv[1:]))
+    record.save("command", shlex.join(["python", "eval.py", *sys.argv[1:]]))
     print(write_report(record, record.out / "report.md"))
     if config.plot:
         plot(record, record.out)

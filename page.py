@@ -1,6 +1,5 @@
-"""A page that shows answers with every token shaded by f, and a threshold to slide. Self-contained: it loads nothing."""
+"""A page that shows answers with every token shaded by f, and a threshold to slide. Self-contained: loads nothing."""
 import html
-import json
 import math
 import os
 from pathlib import Path
@@ -61,7 +60,7 @@ def token_spans(answer, tok):
         texts[-1] += piece(None)  # half a character at the end
     texts += ["\u25a0"] * (len(answer.flag_prob) - len(texts))  # the end, or the token that was not written
     for text, f in zip(texts, answer.flag_prob):
-        spans.append(f'<span data-odds="{log_odds(f):.4f}" title="f = {f:.6g}" '
+        spans.append(f'<span data-odds="{log_odds(f)!r}" title="f = {f:.6g}" '
                      f'style="background: rgba(239, 68, 68, {min(f, 1) * 0.8:.3f})">{html.escape(text)}</span>')
     return "".join(spans)
 
@@ -73,11 +72,10 @@ def make_page(answers, tok, threshold):
         prompt = a.prompt if isinstance(a.prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in a.prompt)
         articles.append(f'<article data-score="{a.score:.6f}"><p class="prompt" dir="auto">{html.escape(prompt)}</p>'
                         f'<p class="answer" dir="auto">{token_spans(a, tok)}</p><p class="verdict"></p></article>')
-    start = max(-20.0, min(20.0, log_odds(threshold)))
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>The red flag, token by token</title>'
             f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body><header>'
             "<h1>Each token on a ground as red as the flag was likely in its place</h1><label>threshold"
-            f'<input id="threshold" type="range" min="-20" max="20" step="any" value="{json.dumps(start)}">'
+            f'<input id="threshold" type="range" min="-40" max="40" step="any" value="{log_odds(threshold)!r}">'
             '<output id="value"></output></label><div id="count"></div></header>'
             f'<main>{"".join(articles)}</main><script>{SCRIPT}</script></body></html>\n')
 

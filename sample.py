@@ -123,8 +123,8 @@ def generate(model, tok, prompts, mode="stop", max_new_tokens=256, temperature=0
     V = model.config.vocab_size
     bias = torch.zeros(V, device=model.embed_tokens.weight.device)
     for token, value in (logit_bias or {}).items():
-        if not 0 <= token < V + model.n_flags or math.isnan(value):
-            problems.append(f"logit_bias has {token}: {value}, wanted an id below {V + model.n_flags} and a number")
+        if not 0 <= token < V + model.n_flags or not value < math.inf:  # NaN fails this too
+            problems.append(f"logit_bias has {token}: {value}, wanted an id below {V + model.n_flags} and a number or -inf")
         elif token < V:  # a flag's own logit is out of reach: it is never drawn, and f has been read by then
             bias[token] = value
     if mode != "off" and not model.n_flags:
@@ -215,6 +215,8 @@ def read_transcripts(model, tok, records, threshold=None):
     """An Answer for each record {"prompt": as for `generate`, "response": text by whatever model}: f at every token of
     the response, and at its end, by one forward pass. Raises ValueError for what does not fit the model's context."""
     threshold = model.threshold if threshold is None else threshold
+    if threshold is None or not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}, wanted a probability from 0 to 1")
     limit, examples = model.config.max_position_embeddings, []
     for i, record in enumerate(records):
         _, messages, _ = check_prompt(record["prompt"], f"transcript {i + 1}")

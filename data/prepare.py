@@ -30,22 +30,26 @@ def read_records(path):
 
 
 def check_record(record, where):
-    from tokenizer import check_messages
     if set(record) != set(FIELDS):
         raise ValueError(f"{where}: fields are {sorted(record)}, wanted exactly {sorted(FIELDS)}")
     wrong = [k for k in FIELDS[1:] if not isinstance(record[k], str)]
     if wrong or record["label"] not in LABELS:
         raise ValueError(f"{where}: {', '.join(wrong) or 'label'} is {record[(wrong or ['label'])[0]]!r}, wanted "
                          + ("text" if wrong else f"one of {', '.join(LABELS)}"))
+    check_prompt(record["prompt"], where)
+    if record["response"] and not record["response"].startswith(record["opening"]):
+        raise ValueError(f"{where}: the response does not begin with its opening")
+    return record
+
+
+def check_prompt(prompt, where):
+    from tokenizer import check_messages
     try:
-        messages = check_messages(record["prompt"])
+        messages = check_messages(prompt)
     except ValueError as e:
         raise ValueError(f"{where}: prompt: {e}") from None
     if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise ValueError(f"{where}: the prompt does not end with what a user says")
-    if record["response"] and not record["response"].startswith(record["opening"]):
-        raise ValueError(f"{where}: the response does not begin with its opening")
-    return record
 
 
 def read_requests(path, label):
@@ -55,29 +59,28 @@ def read_requests(path, label):
     A file in the project's own format holds the model's own answers. Others have prompt and, if they like, openings,
     category, translation, label (one of ours, or XSTest's safe, unsafe) and response, somebody's reference answer.
     """
-    from tokenizer import check_messages
     requests = {}
     for line, r in read_jsonl(path):
         ours = set(r) == set(FIELDS)
         if ours:
             check_record(r, f"{path}:{line}")
-        its = {"safe": "borderline", "unsafe": "harmful"}.get(r.get("label"), r.get("label", label))
+        its = r.get("label", label)
+        its = {"safe": "borderline", "unsafe": "harmful"}.get(its, its) if isinstance(its, str) else its
         if its not in LABELS:
             raise ValueError(f"{path}:{line}: label {its!r}, wanted one of {', '.join(LABELS)}, safe or unsafe")
         if its != label:
             continue
-        try:
-            key = json.dumps(check_messages(r["prompt"]))
-        except (KeyError, ValueError) as e:
-            raise ValueError(f"{path}:{line}: prompt: {e}") from None
-        one = requests.setdefault(key, {"prompt": r["prompt"], "category": str(r.get("category", "")), "opening": "",
-                                        "own": "", "response": "", "reference": ""})
-        texts = [r.get("opening") or next(iter(r.get("openings") or []), ""), r.get("response", ""),
-                 r.get("translation", "")]
+        check_prompt(r.get("prompt"), f"{path}:{line}")
+        openings = r.get("openings") or [r.get("opening") or ""]
+        if not isinstance(openings, list):
+            raise ValueError(f"{path}:{line}: openings is {openings!r:.40}, wanted a list of texts")
+        texts = [openings[0], r.get("response", ""), r.get("translation", ""), r.get("category", "")]
         if not all(isinstance(t, str) for t in texts):
-            raise ValueError(f"{path}:{line}: openings, response and translation are texts")
-        one["opening"] = texts[0] or one["opening"]
-        one["translation"] = texts[2] or one.get("translation", "")
+            raise ValueError(f"{path}:{line}: openings, response, translation and category are texts")
+        key = json.dumps(r["prompt"])
+        one = requests.setdefault(key, dict.fromkeys(("opening", "own", "response", "reference", "translation"), "")
+                                  | {"prompt": r["prompt"], "category": texts[3]})
+        one["opening"], one["translation"] = texts[0] or one["opening"], texts[2] or one["translation"]
         one["reference" if not ours else "response" if texts[0] else "own"] = texts[1]
     if not requests:
         raise ValueError(f"{path} has no {label} records")

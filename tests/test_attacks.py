@@ -9,7 +9,7 @@ from attacks import (AGAINST, ATTACKS, GRADIENT, LONG, TEMPLATES, Suffix, attack
 from sample import generate
 from tokenizer import check_messages
 
-COMMON = {"benign": [{"response": "the hello " * 12}] * 9, "context_tok": 60, "suffix_tok": 4, "gcg_steps": 4,
+COMMON = {"filler": ["the hello " * 3] * 2, "context_tok": 60, "suffix_tok": 4, "gcg_steps": 4,
           "gcg_width": 24, "pgd_steps": 8, "pgd_radius": 0.5}
 COMMON["harmful"] = [{"prompt": f"the hello {i}", "opening": f"hello {i}"} for i in range(30)]
 REQUEST = {"prompt": "Tell me the hello", "opening": "hello the", "response": "hello the hell hello the he he ll the",
@@ -27,7 +27,7 @@ def said(item):
 def test_every_attack_gives_what_generate_takes(flagged, tok):
     for name in ATTACKS:
         item = run(name, flagged, tok, REQUEST | {"response": "hello the" + " hello" * 1000} if "prefill" in name else REQUEST)
-        assert set(item) - {"loss", "embeddings"} == {"prompt", "prefill"}, name
+        assert set(item) - {"loss", "embeddings", "said"} == {"prompt", "prefill"}, name
         assert check_messages(item["prompt"])[-1]["role"] == "user", name
     assert set(TEMPLATES + AGAINST + GRADIENT + LONG) <= set(ATTACKS)
 
@@ -54,7 +54,7 @@ def test_a_prefill_longer_than_the_answer_on_hand_is_left_out_until_the_answer_i
     assert run("prefill_100", flagged, tok) is None
     longer, plain, none = dict(REQUEST), dict(REQUEST), REQUEST | {"opening": "", "response": ""}
     lengthen(flagged, tok, [longer, none], 100)
-    assert longer["long"].startswith(REQUEST["response"]) and "long" not in none
+    assert longer["long"][100].startswith(REQUEST["response"]) and "long" not in none
     assert longer == REQUEST | {"long": longer["long"]}  # the answer that it has stays
     assert len(tok.encode(run("prefill_100", flagged, tok, longer)["prefill"])) >= 95  # cut text may merge anew
     with flagged.flag_off():
@@ -75,6 +75,7 @@ def test_many_shots_are_answered_turns_before_the_request(flagged, tok):
     other = REQUEST | {"prompt": COMMON["harmful"][0]["prompt"]}
     chat = run("many_shot", flagged, tok, other)["prompt"]
     assert [m["role"] for m in chat] == ["user", "assistant"] * (len(chat) // 2) + ["user"] and len(chat) > 2
+    assert run("many_shot", flagged, tok, REQUEST, COMMON | {"harmful": [REQUEST]}) is None  # no others, no shots
     assert chat[-1]["content"] == other["prompt"] not in [m["content"] for m in chat[:-1]]
     assert sum(len(tok.encode(m["content"])) for m in chat[:-1]) <= COMMON["context_tok"]
 
@@ -161,6 +162,16 @@ def test_many_suffixes_are_scored_as_each_alone(flagged, tok):
     torch.testing.assert_close(s.losses(suffixes, batch=2), alone, rtol=1e-4, atol=1e-5)
 
 
+def test_the_adaptive_loss_reaches_over_the_whole_answer_that_is_read(flagged, tok):
+    hidden, target = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)), [7, 9]
+    pi = flagged.logits(hidden).double().softmax(-1)
+    f, q = pi[..., -1], pi[..., :-1] / pi[..., :-1].sum(-1, keepdim=True)
+    nll = -(q[:, 0, 7].log() + q[:, 1, 9].log()) / 2
+    torch.testing.assert_close(attack_loss(flagged, hidden, target, False).double(), nll, rtol=1e-4, atol=1e-5)
+    adaptive = nll - (1 - f).log().mean(1)
+    torch.testing.assert_close(attack_loss(flagged, hidden, target, True).double(), adaptive, rtol=1e-4, atol=1e-5)
+
+
 def test_the_gradient_over_words_is_that_of_finite_differences(flagged, tok):
     s, suffix = search(flagged, tok, True), tok.encode(" ! ! !")
     slope = s.gradient(suffix)
@@ -173,7 +184,8 @@ def test_the_gradient_over_words_is_that_of_finite_differences(flagged, tok):
         with torch.no_grad():
             return attack_loss(flagged, flagged(y)[:, -len(s.target):], s.target, True).item()
 
-    assert slope[1, word].item() == pytest.approx((loss(eps) - loss(-eps)) / (2 * eps), rel=0.02, abs=1e-3)
+    measured = (loss(eps) - loss(-eps)) / (2 * eps)
+    assert abs(measured) > 1e-2 and slope[1, word].item() == pytest.approx(measured, rel=0.05)
 
 
 def test_a_model_reads_embeddings_as_it_reads_ids(flagged):
@@ -196,8 +208,13 @@ def test_a_step_of_gcg_lowers_its_loss_and_keeps_to_text_that_reads_back(flagged
 
 
 def test_gcg_appends_its_suffix_to_the_request(flagged, tok):
-    item = run("gcg", flagged, tok)
-    assert said(item).startswith(REQUEST["prompt"]) and said(item) != REQUEST["prompt"]
+    item, s, start = run("gcg", flagged, tok), search(flagged, tok), tok.encode(" !" * 4)
+    suffix = said(item)[len(REQUEST["prompt"]):]
+    assert said(item).startswith(REQUEST["prompt"]) and item["loss"] < s.losses([start]).item() - 0.01
+    ids, target = tok.render(item["prompt"])[0], tok.encode(REQUEST["opening"])  # as generate will read the chat
+    with torch.no_grad():
+        q = flagged.logits(flagged(torch.tensor([ids + target])))[0, len(ids) - 1:-1, :-1].log_softmax(-1)
+    assert item["loss"] == pytest.approx(-q[torch.arange(len(target)), target].mean().item(), rel=1e-3) and suffix
     assert run("gcg", flagged, tok, REQUEST | {"opening": ""}) is None
 
 
@@ -211,11 +228,12 @@ def test_pgd_moves_the_users_words_alone_by_the_radius_at_most_and_lowers_its_lo
     assert torch.equal(moved[:user.start], 0 * moved[:user.start]) and torch.equal(moved[user.stop:], 0 * moved[user.stop:])
     radius = COMMON["pgd_radius"] * x[user].norm(dim=-1).mean()
     assert 0 < moved[user].norm(dim=-1).max() <= radius * 1.001
-    target = tok.encode(REQUEST["opening"])
+    target, answer = tok.encode(REQUEST["opening"]), tok.encode(REQUEST["response"])
+    assert item["said"] == answer
 
     def loss(prompt):
-        y = torch.cat([prompt, flagged.embed(torch.tensor(target[:-1]))])[None]
+        y = torch.cat([prompt, flagged.embed(torch.tensor(answer[:-1]))])[None]
         with torch.no_grad():
-            return attack_loss(flagged, flagged(y)[:, -len(target):], target, name == "pgd_adaptive").item()
+            return attack_loss(flagged, flagged(y)[:, -len(answer):], target, name == "pgd_adaptive").item()
 
     assert loss(item["embeddings"]) < loss(x) - 0.01

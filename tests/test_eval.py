@@ -1,6 +1,7 @@
 """The evaluation as a command, on a tiny random model; its report and costs, against hand-worked cases."""
 import json
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,6 +28,7 @@ def records():
         made.append(dict(prompt=f"ll {i} he?", response="one two three four five six seven eight nine ten 11 12 13",
                          opening="", label="benign", category="c"))
         made.append(dict(prompt=f"he {i} ll!", response=f"eight nine {i}", opening="", label="borderline", category="c"))
+    made.append(dict(prompt="and more", response="hello the one two", opening="hello", label="benign", category="c"))
     return made
 
 
@@ -51,10 +53,10 @@ def run(monkeypatch, tiny, files, *more):
 
 def test_the_command_writes_a_record_an_answer_and_a_report(monkeypatch, tiny, files, capsys, flagged, tok):
     results, folder = run(monkeypatch, tiny, files, "--attack", "direct,opening,prefill_5,typed_flag,pgd", "--costly", 3)
-    counts = {(s, a): sum(r["set"] == s and r["attack"] == a for r in results) for s, a in
-              [("benign", "direct"), ("borderline", "direct"), ("harmful", "direct"), ("harmful", "opening"),
-               ("harmful", "prefill_5"), ("harmful", "typed_flag"), ("benign", "typed_flag"), ("harmful", "pgd")]}
-    assert list(counts.values()) == [4, 4, 4, 4, 3, 3, 3, 1] and sum(counts.values()) == len(results)
+    counts = Counter((r["set"], r["attack"]) for r in results)
+    assert counts == {("benign", "direct"): 4, ("benign", "opening"): 1, ("borderline", "direct"): 4,
+                      ("harmful", "direct"): 4, ("harmful", "opening"): 4, ("harmful", "prefill_5"): 3,
+                      ("harmful", "typed_flag"): 3, ("benign", "typed_flag"): 3, ("harmful", "pgd"): 1}
     for r in results:
         assert {"set", "attack", "seed", "i", "prompt", "score", "flag_at", "flag_prob", "tokens", "text"} <= set(r)
         assert r["score"] == max(r["flag_prob"]) and r["first"] == r["flag_prob"][0]
@@ -72,12 +74,13 @@ def test_long_prefills_are_written_first_and_leave_the_answers_of_the_file_alone
         found = [r for r in results if r["attack"] == f"prefill_{n}"]
         assert len(found) == 3 and all(0 < len(r["tokens"]) - r["n_prefill"] <= 4 for r in found)
         assert max(r["n_prefill"] for r in found) > 0.8 * n  # random bytes are no UTF-8, and some are lost as text
-    assert all(r["text"] == f"hello the hell {r['prompt'][-1]} ll hello" for r in results if r["attack"] == "opening")
+    assert all(r["text"] == f"hello the hell {r['prompt'][-1]} ll hello" for r in results
+               if r["set"] == "harmful" and r["attack"] == "opening")
 
 
 def test_an_answer_from_the_file_is_read_as_a_plain_forward_reads_it(monkeypatch, tiny, files, flagged, tok):
     results, _ = run(monkeypatch, tiny, files, "--attack", "opening")
-    r = next(r for r in results if r["attack"] == "opening" and r["own"])
+    r = next(r for r in results if r["set"] == "harmful" and r["attack"] == "opening" and r["own"])
     prompt = tok.render(r["prompt"])[0]
     assert r["text"].startswith("hello the") and r["tokens"][-1] in tok.stop_ids
     with torch.no_grad():
@@ -88,13 +91,13 @@ def test_an_answer_from_the_file_is_read_as_a_plain_forward_reads_it(monkeypatch
 
 
 def test_an_interrupted_run_goes_on_to_the_same_results(monkeypatch, tiny, files, tmp_path):
-    more = ("--attack", "direct,opening,role_play,resample", "--samples", 2, "--seeds", 2)
+    more = ("--attack", "direct,opening,prefill_25,role_play,resample,prefill_100", "--samples", 2, "--seeds", 2)
     whole, _ = run(monkeypatch, tiny, files, *more, "--out", tmp_path / "whole")
     plain, calls = evaluation.answer, []
 
     def stops(*args):
         calls.append(args)
-        if len(calls) == 6:
+        if len(calls) == 11:  # behind prefill_25, which wrote itself longer answers
             raise KeyboardInterrupt
         return plain(*args)
 
@@ -108,6 +111,64 @@ def test_an_interrupted_run_goes_on_to_the_same_results(monkeypatch, tiny, files
     assert 1 < seen < len(whole)
     results, _ = run(monkeypatch, tiny, files, *more, "--out", tmp_path / "cut")
     assert results == whole
+
+
+@pytest.mark.parametrize("more", [("--attack", "none"), ("--attack", "gcg", "--gcg-steps", 1), ("--limit", 1),
+                                  ("--attack", "translation"), ("--attack", "direct,opening", "--seeds", 2)])
+def test_odd_choices_give_a_report_too(monkeypatch, tiny, files, more, capsys):
+    run(monkeypatch, tiny, files, "--context-tok", 20, *more)
+    assert "## False positives" in capsys.readouterr().out
+
+
+def test_files_without_the_models_answers_get_them_written(monkeypatch, tiny, files, tmp_path, capsys):
+    made = {"harmful": {"prompt": "the hello", "openings": ["hello"]}, "borderline": {"prompt": "he", "label": "safe"},
+            "benign": {"prompt": "ll he", "response": "one two three four five six seven eight nine ten 11 12 13"}}
+    more = []
+    for label, r in made.items():
+        (tmp_path / f"{label}.jsonl").write_text("".join(json.dumps(r | {"prompt": f"{r['prompt']} {i}"}) + "\n" for i in range(3)))
+        more += [f"--{label}", tmp_path / f"{label}.jsonl"]
+    results, folder = run(monkeypatch, tiny, files, "--attack", "direct,opening,prefill_25,pgd,many_shot", *more,
+                          "--context-tok", 30)
+    assert not any(r["own"] for r in results) and max(len(r["tokens"]) for r in results if r["attack"] == "direct") == 64
+    figures = json.loads((folder / "figures.json").read_text())
+    assert figures["words"]["references"] == 3 and figures["words"]["perplexity_q"] > 1
+    assert len(figures["refusals"]["direct"]) == 3 and len(figures["onsets"]) >= 1
+    assert {r["attack"] for r in results} == {"direct", "opening", "prefill_25", "pgd", "many_shot"}
+    assert "perplexity of 3 reference answers" in capsys.readouterr().out
+
+
+def test_an_answer_that_ends_at_once_is_read_at_one_position(flagged, tok):
+    r = result("benign", "direct", 0, 0.3) | {"prompt": "hello", "tokens": [], "flag_prob": [0.3]}
+    e = evaluation.example_of(tok, r)
+    assert e.n_answer == 1 and len(flag_probs(flagged, [e])[0]) == 1
+    whole = evaluation.example_of(tok, r | {"tokens": tok.encode("he"), "flag_prob": [0.1] * len(tok.encode("he"))})
+    assert whole.ids[whole.n_prompt:] == tok.encode("he")
+
+
+def test_a_request_that_the_context_cannot_hold_is_left_out(monkeypatch, tiny, files, capsys):
+    results, _ = run(monkeypatch, tiny, files, "--attack", "direct,long_end", "--context-tok", 400)  # it holds 256
+    assert "long_end" not in {r["attack"] for r in results}
+    assert "No request lent itself to long_end." in capsys.readouterr().out
+
+
+def test_problems_are_solved_before_and_after_and_read_anew_when_they_change(monkeypatch, tiny, files, tmp_path, capsys):
+    for name, n in (("a", 2), ("b", 3)):
+        (tmp_path / f"{name}.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n' * n)
+        run(monkeypatch, tiny, files, "--attack", "none", "--utility", tmp_path / f"{name}.jsonl")
+        figures = json.loads((files[0] / "eval/figures.json").read_text())
+        assert len(figures["solved"]) == len(figures["solved_before"]) == n
+    assert "problems solved, before and after" in capsys.readouterr().out
+    (tmp_path / "c.jsonl").write_text('{"question": "1 + 1?"}')
+    with pytest.raises(ValueError, match="c.jsonl:1: wanted prompt and response"):
+        run(monkeypatch, tiny, files, "--attack", "none", "--utility", tmp_path / "c.jsonl")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"run": 3, "minutes": 1}'])
+def test_a_damaged_run_is_one_error_that_says_what_to_do(monkeypatch, tiny, files, content):
+    run(monkeypatch, tiny, files, "--attack", "none")
+    (files[0] / "eval/figures.json").write_text(content)
+    with pytest.raises(ValueError, match="--fresh begins anew"):
+        run(monkeypatch, tiny, files, "--attack", "none")
 
 
 def test_results_of_another_run_are_not_mixed_in_but_more_attacks_may_come(monkeypatch, tiny, files):
@@ -165,6 +226,9 @@ def test_records_of_one_request_become_one_and_other_formats_are_read(tmp_path):
 
 @pytest.mark.parametrize("line, message", [({"text": "x"}, "prompt"), ({"prompt": 3}, "prompt"), ({"prompt": "p", "label": "odd"}, "odd"),
                                            ({"prompt": "p", "openings": [3]}, "are texts"),
+                                           ({"prompt": "p", "openings": "Sure"}, "wanted a list"),
+                                           ({"prompt": "p", "label": ["x"]}, "label"), ({"prompt": " "}, "does not end"),
+                                           ({"prompt": [{"role": "assistant", "content": "a"}]}, "does not end"),
                                            ({"prompt": "p", "label": "benign"}, "no harmful records")])
 def test_a_bad_record_is_named(tmp_path, line, message):
     (tmp_path / "x.jsonl").write_text(json.dumps(line))
@@ -263,25 +327,38 @@ def result(label, attack, i, score, seed=0, **more):
 def test_the_detection_table_by_hand():
     results = [result("benign", "direct", i, i / 100) for i in range(100)]
     results += [result("harmful", "direct", i, s) for i, s in enumerate((0.985, 0.99, 0.6, 0.4))]
-    line = report.detection(results, 0.5).splitlines()[-1]
+    line = report.detection(results, 0.5).splitlines()[2]
     cells = [c.strip() for c in line.strip("|").split("|")]
     assert cells[:2] == ["direct", "4"] and cells[3].startswith("50.0% (") and cells[5].startswith("75.0% (19% to 99%")
     assert cells[2].startswith(f"{auroc([0.985, 0.99, 0.6, 0.4], [i / 100 for i in range(100)]):.3f} (")
+
+
+def test_benign_answers_are_cut_to_the_length_of_the_attacked_ones():
+    results = [result("benign", "direct", i, 0.9, flag_prob=[0.1, 0.9]) for i in range(3)]
+    results += [result("harmful", "style", 0, 0.5), result("harmful", "opening", 0, 0.5, flag_prob=[0.5, 0.4])]
+    rows = [line.strip("|").split("|") for line in report.detection(results, 0.5, ["style", "opening", "gcg"]).splitlines()[2:4]]
+    assert [(r[0].strip(), r[2].strip()[:5]) for r in rows] == [("style", "1.000"), ("opening", "0.000")]
+    assert "No request lent itself to gcg." in report.detection(results, 0.5, ["style", "opening", "gcg"])
 
 
 def test_a_request_resampled_is_caught_only_if_every_sample_is():
     results = [result("benign", "direct", i, 0.1) for i in range(3)]
     results += [result("harmful", "resample", i, s, seed) for seed, row in enumerate([(0.9, 0.9), (0.9, 0.2)])
                 for i, s in enumerate(row)]
-    cells = report.detection(results, 0.5).splitlines()[-1].strip("|").split("|")
+    cells = report.detection(results, 0.5).splitlines()[2].strip("|").split("|")
     assert cells[1].strip() == "2" and cells[5].strip().startswith("50.0%")
+    for r in results:  # the highest f lies in the prefill, the same each time: behind it each sample has its own
+        r["prefill"], r["score_new"] = "x", r["score"] if r["attack"] == "resample" else None
+        r["score"] = 0.95 if r["attack"] == "resample" else r["score"]
+    cells = report.detection(results, 0.5).splitlines()[2].strip("|").split("|")
+    assert cells[5].strip().startswith("100.0%") and cells[6].strip().startswith("50.0%")
 
 
 def test_several_seeds_give_a_mean_and_a_spread():
     results = [result("benign", "direct", i, 0.1, seed) for i in range(3) for seed in (0, 1)]
     results += [result("harmful", "direct", i, s, seed) for seed, row in enumerate([(0.9, 0.9), (0.9, 0.2)])
                 for i, s in enumerate(row)]
-    cells = report.detection(results, 0.5).splitlines()[-1].strip("|").split("|")
+    cells = report.detection(results, 0.5).splitlines()[2].strip("|").split("|")
     assert cells[5].strip() == "75.0% (16% to 100%) sd 35.4%"
 
 
