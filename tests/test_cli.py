@@ -194,9 +194,10 @@ state = lambda: (torch.get_default_dtype(), torch.get_default_device(), torch.ge
                  torch.random.initial_seed(), torch.is_grad_enabled(), torch.backends.cuda.matmul.allow_tf32,
                  dict(os.environ), sys.argv, os.getcwd())
 before = state()
-import cli, calibrate, checkpoint, model, objective, sample, tokenizer, train, data.prepare, data.smollm2
+import attacks, baselines, calibrate, checkpoint, cli, costs, eval, measures, model, objective, page, report, sample
+import tokenizer, train, data.prepare, data.smollm2
 assert state() == before
-assert not {{"transformers", "tokenizers", "peft", "gguf"}} & set(sys.modules), "a package that run time does not need"
+assert not {{"transformers", "tokenizers", "peft", "gguf", "matplotlib", "scipy"}} & set(sys.modules), "a package that run time does not need"
 """
     p = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (p.returncode, p.stdout, p.stderr) == (0, "", "")
@@ -204,13 +205,13 @@ assert not {{"transformers", "tokenizers", "peft", "gguf"}} & set(sys.modules), 
 
 
 def test_an_error_of_a_whole_process_is_exit_code_2_and_one_line(tiny):
-    p = subprocess.run([sys.executable, "sample.py", "--weights", tiny, "--mode", "off", "--prompt", "  "], cwd=ROOT,
-                       capture_output=True, text=True)
+    p = subprocess.run([sys.executable, "sample.py", "--weights", tiny, "--mode", "off", "--prompt", "  ",
+                        "--adapter", "nowhere"], cwd=ROOT, capture_output=True, text=True)
     assert (p.returncode, p.stdout) == (2, "") and re.fullmatch("error: .*empty.*\n", p.stderr)
 
 
 @pytest.mark.parametrize("argv, wanted", [
-    (["--prompt", ""], "empty"), (["--prompt", "x" * 300], "context holds 256"), ([], "--prompt TEXT or --prompts"),
+    (["--prompt", ""], "empty"), (["--prompt", "x" * 300], "context holds 256"), ([], "--prompt TEXT, --prompts"),
     (["--prompt", "a", "--threshold", "1.5"], "threshold is 1.5"),
     (["--prompt", "a", "--threshold", "nan"], "threshold"),
     (["--prompt", "a", "--threshold", "high"], "--threshold is 'high'"),
@@ -219,7 +220,7 @@ def test_an_error_of_a_whole_process_is_exit_code_2_and_one_line(tiny):
     (["--prompt", "a", "--mode", "loud"], "'loud'"),
     (["--prompt", "a", "--weights", "nowhere"], "nowhere"),
     (["--prompts", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
-    (["--prompt", "a", "--prompts", "b"], "either"), (["--prompts", "b", "--prefill", "a"], "--prefill"),
+    (["--prompt", "a", "--prompts", "b"], "wanted one of"), (["--prompts", "b", "--prefill", "a"], "--prefill"),
     (["--prompt", "a", "--wat", "--also"], "'--wat'.*'--also'"), (["--prompt", "a", "--top-p", "0", "--max-new-tokens",
      "0", "--temperature", "-1"], "max_new_tokens is 0.*temperature is -1.0.*top_p 0.0")])
 def test_what_a_user_gets_wrong_is_exit_code_2_and_one_line(sample, argv, wanted):

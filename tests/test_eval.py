@@ -132,7 +132,7 @@ def test_files_without_the_models_answers_get_them_written(monkeypatch, tiny, fi
     assert not any(r["own"] for r in results) and max(len(r["tokens"]) for r in results if r["attack"] == "direct") == 64
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["words"]["references"] == 3 and figures["words"]["perplexity_q"] > 1
-    assert len(figures["refusals"]["direct"]) == 3 and len(figures["onsets"]) >= 1
+    assert len(figures["refusals"]["direct"]) == len(figures["refusals"]["opening"]) == 3
     assert {r["attack"] for r in results} == {"direct", "opening", "prefill_25", "pgd", "many_shot"}
     assert "perplexity of 3 reference answers" in capsys.readouterr().out
 
