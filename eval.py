@@ -305,12 +305,13 @@ def cost(batch):
 
 
 def compare(model, tok, folders, record):
-    """Reads the same answers with other adapters: their scores go into each result, under the folder's name."""
+    """Reads the answers that no attack has touched with other adapters too: their scores go into each result, under the
+    folder's name."""
     for folder in folders:
         sha = digest((Path(folder) / "flag.safetensors").read_bytes())
         known = record.figures.get("compared", {})
-        todo = [r for r in record.results.values()
-                if not r.get("embedded") and (folder not in r.get("others", {}) or known.get(folder) != sha)]
+        todo = [r for r in record.results.values() if r["attack"] in ("direct", "opening")
+                and (folder not in r.get("others", {}) or known.get(folder) != sha)]
         if not todo:
             continue
         say(f"{len(todo)} answers read by {folder} ...")
