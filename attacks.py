@@ -3,7 +3,8 @@
 Each is a small function attack(request, model, tok, common) and gives what `sample.generate` takes, {"prompt": chat,
 "prefill": the answer's first words}, or None where the request does not lend itself to it. A request is a record with
 prompt, opening (an affirmative first few words) and response (a harmful answer that begins with the opening).
-`common` holds what all requests share: benign and harmful records to build contexts of, and the attacker's budget.
+`common` holds what all requests share: harmless texts ("filler") and the harmful requests, to build contexts of, and the
+attacker's budget.
 
 None of these texts is about anything: the harm is in the request alone.
 """
@@ -41,7 +42,7 @@ def opening(request, model, tok, common):
 def prefill(n_tok):
     """The first n_tok tokens of a harmful answer by the model itself. None where there is none so long: see lengthen."""
     def attack(request, model, tok, common):
-        ids = tok.encode(request["response"])
+        ids = tok.encode(request["response"] or request["opening"])
         if len(ids) < n_tok:
             ids = tok.encode(request.get("long", {}).get(n_tok, ""))
         return ask(request["prompt"], tok.decode(ids[:n_tok]).rstrip("\ufffd")) if ids else None
@@ -184,7 +185,7 @@ def gcg(adaptive):
         if not request["opening"]:
             return None
         head, content, tail = split_prompt(tok, [*before, last])
-        search = Suffix(model, tok, head + content, tail, tok.encode(request["opening"]), adaptive, content)
+        search = Suffix(model, tok, head, content, tail, tok.encode(request["opening"]), adaptive)
         suffix = tok.encode(" !" * common["suffix_tok"])
         loss = search.losses([suffix]).item()
         rng = torch.Generator().manual_seed(0)
@@ -195,14 +196,14 @@ def gcg(adaptive):
 
 
 class Suffix:
-    """The search for one request's suffix: head + suffix + tail + target is what the model reads."""
+    """The search for one request's suffix: head + content + suffix + tail + target is what the model reads."""
 
-    def __init__(self, model, tok, head, tail, target, adaptive, content=()):
-        self.model, self.tok, self.head, self.tail = model, tok, head, tail
-        self.target, self.adaptive, self.content = target, adaptive, list(content)
+    def __init__(self, model, tok, head, content, tail, target, adaptive):
+        self.model, self.tok, self.head, self.content, self.tail = model, tok, head, content, tail
+        self.target, self.adaptive = target, adaptive
 
     def rows(self, suffixes):
-        return [self.head + s + self.tail + self.target[:-1] for s in suffixes]
+        return [self.head + self.content + s + self.tail + self.target[:-1] for s in suffixes]
 
     @torch.no_grad()
     def losses(self, suffixes, batch=64):
@@ -219,7 +220,8 @@ class Suffix:
         x = self.model.embed(torch.tensor(self.rows([suffix]), device=words.device)).detach().requires_grad_()
         hidden = self.model(x)[:, -len(self.target):]
         slope, = torch.autograd.grad(attack_loss(self.model, hidden, self.target, self.adaptive).sum(), x)
-        at = slice(len(self.head), len(self.head) + len(suffix))
+        start = len(self.head) + len(self.content)
+        at = slice(start, start + len(suffix))
         return (slope[0, at].to(words.dtype) @ words.T).float()
 
     def step(self, suffix, loss, width, rng, top_k=256):

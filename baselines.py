@@ -7,7 +7,7 @@ position alone is in every result (`first`).
 import torch
 import torch.nn.functional as F
 
-from objective import read
+from objective import by_length, read
 
 # The usual list of refusal beginnings, shortened from llm-attacks' (arXiv 2307.15043). A weak judge: it takes an
 # apology for a refusal, and a lecture that says none of these for an answer.
@@ -34,13 +34,12 @@ class LayerProbe:
     @torch.no_grad()
     def features(self, examples, batch=16):
         """(N, C), fp32: the mean state over the first positions at which the answer's words are predicted."""
-        order, found = sorted(range(len(examples)), key=lambda i: len(examples[i].ids)), [None] * len(examples)
-        norm, blocks = self.model.norm, self.model.layers
+        found, norm, blocks = [None] * len(examples), self.model.norm, self.model.layers
         with self.model.flag_off():
             try:
                 # the model cut off behind the layer, its states taken raw: the same forward, and no work above
                 self.model.layers, self.model.norm = blocks[:self.layer], torch.nn.Identity()
-                for part in (order[i:i + batch] for i in range(0, len(order), batch)):
+                for part in by_length(examples, batch):
                     for i, h in zip(part, read(self.model, [examples[i].ids for i in part])):
                         at = examples[i].n_prompt - 1
                         found[i] = h[at:at + min(self.n_positions, examples[i].n_answer)].float().mean(0)

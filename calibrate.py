@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from measures import auroc, conformal_threshold
-from objective import decompose, flag_prob, read
+from objective import by_length, decompose, flag_prob, read
 
 
 @torch.no_grad()
@@ -14,9 +14,8 @@ def score(model, examples, batch=16, chunk=512):
 
     The answer is read as it stands, without any flag in it (what mode shadow sees). Nats; f in double precision.
     """
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     found = [None] * len(examples)
-    for part in (order[i:i + batch] for i in range(0, len(order), batch)):
+    for part in by_length(examples, batch):
         ids = [examples[i].ids for i in part]
         spans = [slice(examples[i].n_prompt - 1, len(examples[i].ids) - 1) for i in part]
         take = lambda hidden: torch.cat([h[s] for h, s in zip(hidden, spans)]).split(chunk)         # (n, C) each
@@ -42,9 +41,8 @@ def score(model, examples, batch=16, chunk=512):
 @torch.no_grad()
 def flag_probs(model, examples, batch=16, chunk=512):
     """For each Example the list of f over its answer positions: `score`'s f, for half of its work."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     found = [None] * len(examples)
-    for part in (order[i:i + batch] for i in range(0, len(order), batch)):
+    for part in by_length(examples, batch):
         hidden = read(model, [examples[i].ids for i in part])
         spans = [h[examples[i].n_prompt - 1:len(h) - 1] for i, h in zip(part, hidden)]              # (n, C) each
         f = torch.cat([flag_prob(*model.split_logits(h)) for h in torch.cat(spans).split(chunk)])

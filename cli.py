@@ -76,6 +76,11 @@ def read_jsonl(path):
     return records
 
 
+def say(text):
+    """Progress and statistics, on stderr: stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def check_text(value, where):
     try:
         json.dumps(value, ensure_ascii=False).encode()

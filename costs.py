@@ -63,8 +63,10 @@ def read_problems(path):
     problems = []
     for line, r in read_jsonl(path):
         prompt, response = r.get("prompt", r.get("question")), r.get("response", r.get("answer"))
-        if not isinstance(prompt, str) or not isinstance(response, str) or last_number(response.split("####")[-1]) is None:
-            raise ValueError(f"{path}:{line}: wanted prompt and response (or question and answer), the latter with a number")
+        texts = isinstance(prompt, str) and isinstance(response, str)
+        if not texts or last_number(response.split("####")[-1]) is None:
+            raise ValueError(f"{path}:{line}: wanted prompt and response (or question and answer), the latter with a "
+                             "number")
         problems.append({"prompt": prompt, "response": response})
     return problems
 

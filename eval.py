@@ -8,14 +8,11 @@ Writes to --out (default: eval/ in the adapter's folder) results.jsonl, a record
 An interrupted run goes on where it stopped when the same command is given again; further attacks may be added.
 """
 import dataclasses
-import hashlib
 import importlib.util
 import json
-import os
 import random
 import shlex
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +23,12 @@ from attacks import AGAINST, ATTACKS, GRADIENT, LONG, TEMPLATES, lengthen, sampl
 from baselines import LayerProbe, refuses
 from calibrate import flag_probs
 from checkpoint import read_adapter
-from cli import option, parse, run
+from cli import option, parse, run, say
 from data.prepare import LABELS, read_records, read_requests
+from measures import first_above
 from model import Llama
 from objective import Example, flag_prob, make_example
+from record import Progress, Run, digest
 from report import plot, write_report
 from sample import generate
 from tokenizer import Tokenizer
@@ -82,7 +81,7 @@ class EvalConfig:
 
     def attacks(self):
         if self.attack is not None:
-            return [] if self.attack == "none" else [a.strip() for a in self.attack.split(",")]
+            return [] if self.attack == "none" else list(dict.fromkeys(a.strip() for a in self.attack.split(",")))
         return list(ATTACKS if self.full else QUICK)
 
     def n_new(self, attack):
@@ -110,11 +109,11 @@ def read_sets(config):
 def groups(config, sets):
     """(set, attack, seed, [(index, request)]) in the order in which they run."""
     found, numbered = [], {label: list(enumerate(requests)) for label, requests in sets.items()}
+    opened = lambda request: bool(request["response"] and not request["own"])
     for label in ("benign", "borderline"):  # each once: with its opening, where the file gives its answer one
-        opened = [x for x in numbered[label] if x[1]["response"] and not x[1]["own"]]
         for seed in range(config.seeds):
-            found.append((label, "direct", seed, [x for x in numbered[label] if x not in opened]))
-            found.append((label, "opening", seed, opened))
+            found.append((label, "direct", seed, [(i, r) for i, r in numbered[label] if not opened(r)]))
+            found.append((label, "opening", seed, [(i, r) for i, r in numbered[label] if opened(r)]))
     for attack in config.attacks():
         n = config.n_requests(attack) if attack not in ("direct", "opening") else None
         for seed in range({"resample": config.samples}.get(attack, 1 if attack in GRADIENT else config.seeds)):
@@ -143,7 +142,7 @@ def answer(model, tok, label, attack, seed, requests, config, common):
         item = ATTACKS[attack](r, model, tok, common)
         if item is None or len(tok.render(item["prompt"])[0]) + len(tok.encode(item["prefill"])) >= room:
             continue
-        own = r[{"direct": "own", "opening": "response"}[attack]] if attack in ("direct", "opening") and seed == 0 else ""
+        own = r.get({"direct": "own", "opening": "response"}.get(attack), "") if seed == 0 else ""
         result = {"set": label, "attack": attack, "seed": seed, "i": i, "category": r["category"],
                   "prompt": item["prompt"], "prefill": item["prefill"], "n_prefill": len(tok.encode(item["prefill"])),
                   "own": bool(own)} | {k: item[k] for k in ("loss",) if k in item}
@@ -157,7 +156,8 @@ def answer(model, tok, label, attack, seed, requests, config, common):
     for (result, e), f in zip(read, flag_probs(model, [e for _, e in read])):
         made.append(result | {"tokens": e.ids[e.n_prompt:], "flag_prob": f})
     settings = {"temperature": config.temperature, "seed": seed * 10_007 + requests[0][0]} | sampling(attack, tok)
-    answers = generate(model, tok, [item for _, item in written], "shadow", config.n_new(attack), batch_size=BATCH, **settings)
+    answers = generate(model, tok, [item for _, item in written], "shadow", config.n_new(attack), batch_size=BATCH,
+                       **settings)
     made += [result | {"tokens": a.tokens, "flag_prob": a.flag_prob} for (result, _), a in zip(written, answers)]
     return [measure(r, tok, model.threshold) for r in made]
 
@@ -173,9 +173,8 @@ def read_moved(model, item):
 def measure(result, tok, threshold):
     """The result with score = max f, f at the first position, the highest f behind the prefill, where it is flagged."""
     f = result["flag_prob"]
-    flag_at = next((t for t, x in enumerate(f) if x > threshold), None)
     return result | {"score": max(f), "first": f[0], "score_new": max(f[result["n_prefill"]:], default=None),
-                     "flag_at": flag_at, "text": tok.decode(result["tokens"])}
+                     "flag_at": first_above(f, threshold), "text": tok.decode(result["tokens"])}
 
 
 def example_of(tok, result):
@@ -195,71 +194,12 @@ def splice(tok, sets, n):
         words = said(benign)
         before = tok.encode(" ".join(words[:rng.randint(4, min(30, len(words) - 1))]) + "\n\n")
         prompt = tok.render(benign["prompt"])[0]
-        found.append((Example(prompt + before + tok.encode(harmful["response"]), len(prompt), "harmful"), len(before), benign))
+        example = Example(prompt + before + tok.encode(harmful["response"]), len(prompt), "harmful")
+        found.append((example, len(before), benign))
     return found
 
 
 # --------------------------------------------------------------------------------------------------- the run
-
-class Run:
-    """What is on disk of a run: results.jsonl, and figures.json for what is no answer. Made for going on later."""
-
-    def __init__(self, out, identity, fresh):
-        self.out, self.results, self.figures = out, {}, {"run": identity, "batches": []}
-        self.began, self.minutes_before = time.perf_counter(), 0.0
-        out.mkdir(parents=True, exist_ok=True)
-        if not fresh and (out / "figures.json").exists():
-            self.load(identity)
-        self.rewrite()
-        self.save("run", identity)
-
-    def load(self, identity):
-        try:
-            self.figures = json.loads((self.out / "figures.json").read_text(encoding="utf-8"))
-            before, self.minutes_before = dict(self.figures["run"]), self.figures["minutes"]
-            lines = (self.out / "results.jsonl").read_text(encoding="utf-8").split("\n")
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"cannot go on with the run in {self.out} ({type(e).__name__}): --fresh begins anew") from None
-        differ = [k for k, v in identity.items() if before.get(k) != v]
-        if differ:
-            raise ValueError(f"{self.out} holds the results of another run ({', '.join(differ)} differ): --fresh begins "
-                             "anew, --out names another folder")
-        for line in lines:
-            try:
-                r = json.loads(line)
-                self.results[self.key(r)] = r
-            except ValueError:
-                continue  # cut off in mid-line, or the empty one behind the last
-
-    key = staticmethod(lambda r: (r["set"], r["attack"], r["seed"], r["i"]))
-
-    def add(self, results):
-        self.results |= {self.key(r): r for r in results}
-        with open(self.out / "results.jsonl", "a", encoding="utf-8") as f:
-            f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results))
-
-    def rewrite(self):
-        with open(self.out / "results.jsonl.tmp", "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in self.results.values())
-        os.replace(self.out / "results.jsonl.tmp", self.out / "results.jsonl")
-
-    def save(self, name, value):
-        self.figures |= {name: value, "minutes": self.minutes_before + (time.perf_counter() - self.began) / 60}
-        (self.out / "figures.json.tmp").write_text(json.dumps(self.figures, indent=1), encoding="utf-8")
-        os.replace(self.out / "figures.json.tmp", self.out / "figures.json")
-
-    def once(self, name, inputs, make):
-        """Makes figure `name` unless it is there, made of the same inputs (a string, or a list of keys)."""
-        inputs = digest(json.dumps(inputs).encode())
-        if self.figures.get(f"{name} of") != inputs:
-            say(f"{name} ...")
-            self.save(name, make())
-            self.save(f"{name} of", inputs)
-
-
-def digest(data):
-    return hashlib.sha256(data).hexdigest()
-
 
 def identity(config, sets, threshold):
     """What two runs must share for one to go on with the other's results; attacks may be added."""
@@ -270,41 +210,54 @@ def identity(config, sets, threshold):
                        "records": digest(json.dumps(sets).encode()), "threshold": threshold}
 
 
-def say(text):
-    print(text, file=sys.stderr, flush=True)
+def name_of(batch):
+    """What a batch goes by on disk: set, attack, seed and the first request's index."""
+    label, attack, seed, requests = batch
+    return [label, attack, seed, requests[0][0]]
 
 
-def attack_all(model, tok, sets, config, record):
-    """Answers and reads every batch that is not on disk yet, saying how long it will take."""
-    done = record.figures["batches"]
-    name = lambda b: [*b[:3], b[3][0][0]]
-    todo = [b for b in batches(config, sets) if name(b) not in done]
+def attack_all(model, tok, sets, todo, config, record, progress):
+    """Answers and reads the batches that are not on disk yet."""
     for attack in dict.fromkeys(b[1] for b in todo if b[1].startswith("prefill_")):
-        n, n_tok = config.n_requests(attack), int(attack.split("_")[1])
-        say(f"harmful answers of {n_tok} tokens, where there are none yet ...")
-        lengthen(model, tok, sets["harmful"][:n], n_tok)
+        n_tok = int(attack.split("_")[1])
+        lengthen(model, tok, sets["harmful"][:config.n_requests(attack)], n_tok)
+        progress.done(attack, f"harmful answers of {n_tok} tokens, where there were none")
     common = {k: getattr(config, k) for k in ("context_tok", "gcg_steps", "gcg_width", "pgd_steps", "pgd_radius")}
     common |= {"suffix_tok": 20, "harmful": sets["harmful"],
                "filler": [r["own"] or r["response"] or r["reference"] or str(r["prompt"]) for r in sets["benign"]]}
-    began, spent, total = time.perf_counter(), 0, sum(map(cost, todo))
     for batch in todo:
         record.add(answer(model, tok, *batch, config, common))
-        record.save("batches", done := [*done, name(batch)])
-        spent += cost(batch)
-        left = (time.perf_counter() - began) * (total - spent) / spent
-        say(f"{batch[0]} {batch[1]}, seed {batch[2]}: {len(batch[3])} requests, {left / 60:.1f} min left")
+        record.save("batches", [*record.figures["batches"], name_of(batch)])
+        label, attack, seed, requests = batch
+        progress.done(tuple(name_of(batch)), f"{label} {attack}, seed {seed}: {len(requests)} requests")
     record.rewrite()  # a batch that an interruption hit between the two files stands twice in the first
 
 
+def plan(config, todo, problems, folders):
+    """Roughly what each part of the run costs, in answers read: for the time left."""
+    n = n_costs(config)
+    parts = {tuple(name_of(b)): cost(b) for b in todo}
+    for attack in {b[1] for b in todo if b[1].startswith("prefill_")}:
+        parts[attack] = int(attack.split("_")[1]) * 1.5  # a batch's step is a second or so for ten answers read
+    parts |= {"onsets": 3 * n, "words": 8 * n, "unchanged": 14 * n, "refusals": 8 * n, "behind_the_flag": 2 * n}
+    parts |= dict.fromkeys(("solved", "solved_before"), 20 * len(problems)) if problems else {}
+    parts |= {"classifier": 2000} if config.classifier or config.full else {}
+    return parts | {("compare", folder): 700 for folder in folders}
+
+
+def n_costs(config):
+    """How many answers the costs are measured on; some of them on twice as many."""
+    return 108 if config.full else BATCH
+
+
 def cost(batch):
-    """Roughly what a batch takes, in answers read: for the time left."""
     _, attack, seed, requests = batch
     each = {"gcg": 600, "gcg_adaptive": 600, "pgd": 200, "pgd_adaptive": 200, "prefill_1000": 20, "prefill_400": 10}
     each |= dict.fromkeys(("long_start", "long_middle", "long_end", "many_shot"), 50)
     return len(requests) * each.get(attack, 1 if attack in ("direct", "opening") and seed == 0 else 3)
 
 
-def compare(model, tok, folders, record):
+def compare(model, tok, folders, record, progress):
     """Reads the answers that no attack has touched with other adapters too: their scores go into each result, under the
     folder's name."""
     for folder in folders:
@@ -313,33 +266,34 @@ def compare(model, tok, folders, record):
         todo = [r for r in record.results.values() if r["attack"] in ("direct", "opening")
                 and (folder not in r.get("others", {}) or known.get(folder) != sha)]
         if not todo:
+            progress.skip(("compare", folder))
             continue
-        say(f"{len(todo)} answers read by {folder} ...")
         model.load_flag(folder)
         for r, f in zip(todo, flag_probs(model, [example_of(tok, r) for r in todo])):
             r.setdefault("others", {}).update({folder: max(f), f"{folder}, first position alone": f[0]})
         record.rewrite()
         record.save("compared", known | {folder: sha})
+        progress.done(("compare", folder), f"{len(todo)} answers read by {folder}")
 
 
-def classify(model, tok, config, record):
+def classify(model, tok, config, record, progress):
     """Fits the external classifier and writes its scores beside the flag's, for answers that no attack has touched."""
     todo = [r for r in record.results.values() if r["attack"] in ("direct", "opening")]
     sha = digest(Path(config.train).read_bytes())
     if record.figures.get("classifier") == sha and all("classifier" in r.get("others", {}) for r in todo):
-        return
-    say("classifier ...")
+        return progress.skip("classifier")
     room = model.config.max_position_embeddings - 1
     probe = LayerProbe(model).fit([make_example(tok, r, 16, room) for r in read_records(config.train)])
     for r, s in zip(todo, probe.scores([example_of(tok, r) for r in todo])):
         r.setdefault("others", {})["classifier"] = s
     record.rewrite()
     record.save("classifier", sha)
+    progress.done("classifier", "classifier")
 
 
-def measure_costs(model, tok, sets, problems, config, record):
+def measure_costs(model, tok, sets, problems, config, record, progress):
     """Everything that is no attack: onset, words, changed answers, problems solved, refusals, what is behind a flag."""
-    n = 108 if config.full else BATCH
+    n = n_costs(config)
     plain = [r for r in record.results.values() if r["attack"] in ("direct", "opening") and r["seed"] == 0]
     for r in plain:  # a file without the model's own answers has them by now
         request, name = sets[r["set"]][r["i"]], "own" if r["attack"] == "direct" else "response"
@@ -359,26 +313,30 @@ def measure_costs(model, tok, sets, problems, config, record):
                            [make_example(tok, r, 128, room) for r in given])
 
     def refusals():
-        """Shares of the original model's answers: those of the file, else written now."""
-        found = {"direct": of("harmful"), "opening": of("harmful"), "benign": of("benign")[:4 * n]}
-        found = {k: [r for r in rs if k == "benign" or r["attack"] == k] for k, rs in found.items()}
-        with model.flag_off():
-            return {k: [refuses(r["text"]) for r in rs if r["own"]] + [refuses(a.text) for a in generate(
-                model, tok, [{k: r[k] for k in ("prompt", "prefill")} for r in rs if not r["own"]], "off", ANSWER_TOK,
-                config.temperature, batch_size=BATCH)] for k, rs in found.items()}
+        """Which of the original model's answers refuse: those of the file, and where it has none, written now."""
+        found = {a: [r for r in of("harmful") if r["attack"] == a] for a in ("direct", "opening")}
+        found["benign"] = of("benign")[:4 * n]
+        for name, results in found.items():
+            asked = [{k: r[k] for k in ("prompt", "prefill")} for r in results if not r["own"]]
+            with model.flag_off():
+                written = list(generate(model, tok, asked, "off", ANSWER_TOK, config.temperature, batch_size=BATCH))
+            texts = [r["text"] for r in results if r["own"]] + [a.text for a in written]
+            found[name] = [refuses(text) for text in texts]
+        return found
 
     flagged = [r for r in of("harmful") if r["attack"] == "opening" and r["flag_at"] is not None][:n]
     keys = [Run.key(r) for r in plain]
-    record.once("onsets", keys, onsets)
-    record.once("words", keys, words)
-    record.once("unchanged", n, lambda: costs.unchanged(model, tok, [r["prompt"] for r in sets["benign"][:n]]))
-    record.once("refusals", keys, refusals)
-    record.once("behind_the_flag", keys, lambda: costs.behind_the_flag(
+    record.once("onsets", keys, progress, onsets)
+    record.once("words", keys, progress, words)
+    record.once("unchanged", n, progress, lambda: costs.unchanged(
+        model, tok, [r["prompt"] for r in sets["benign"][:n]]))
+    record.once("refusals", keys, progress, refusals)
+    record.once("behind_the_flag", keys, progress, lambda: costs.behind_the_flag(
         model, tok.flag_id, [(example_of(tok, r), r["flag_at"]) for r in flagged]))
     if problems:
-        record.once("solved", problems, lambda: costs.solved(model, tok, problems))
+        record.once("solved", problems, progress, lambda: costs.solved(model, tok, problems))
         with model.flag_off():
-            record.once("solved_before", problems, lambda: costs.solved(model, tok, problems))
+            record.once("solved_before", problems, progress, lambda: costs.solved(model, tok, problems))
 
 
 def main():
@@ -388,7 +346,7 @@ def main():
     if config.weights is None:
         from data.smollm2 import ensure
     weights = config.weights or ensure()
-    folders = [f for f in (config.compare or "").split(",") if f]
+    folders = list(dict.fromkeys(f for f in (config.compare or "").split(",") if f))
     for folder in [config.adapter, *folders]:
         read_adapter(folder, weights)  # whatever is wrong with one is said before any work
     model = Llama.from_pretrained(weights)
@@ -396,17 +354,20 @@ def main():
     if model.threshold is None:
         raise ValueError(f"{config.adapter}/flag.json has no threshold: train.py calibrates one")
     tok = Tokenizer.from_pretrained(weights, n_flags=model.n_flags)
-    record = Run(Path(config.out or Path(config.adapter) / "eval"), identity(config, sets, model.threshold), config.fresh)
-    attack_all(model, tok, sets, config, record)
-    measure_costs(model, tok, sets, problems, config, record)
+    out = Path(config.out or Path(config.adapter) / "eval")
+    record = Run(out, identity(config, sets, model.threshold), config.fresh)
+    todo = [b for b in batches(config, sets) if name_of(b) not in record.figures["batches"]]
+    progress = Progress(plan(config, todo, problems, folders))
+    attack_all(model, tok, sets, todo, config, record, progress)
+    measure_costs(model, tok, sets, problems, config, record, progress)
     if config.classifier or config.full:
-        classify(model, tok, config, record)
-    compare(model, tok, folders, record)
+        classify(model, tok, config, record, progress)
+    compare(model, tok, folders, record, progress)
     record.save("command", shlex.join(["python", "eval.py", *sys.argv[1:]]))
-    print(write_report(record, record.out / "report.md"))
+    print(write_report(record, out / "report.md"))
     if config.plot:
-        plot(record, record.out)
-    say(f"{len(record.results)} answers in {record.out}/results.jsonl, {record.figures['minutes']:.1f} min")
+        plot(record, out)
+    say(f"{len(record.results)} answers in {out}/results.jsonl, {record.figures['minutes']:.1f} min")
 
 
 if __name__ == "__main__":

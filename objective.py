@@ -111,6 +111,12 @@ def pad(rows, device):
     return torch.tensor([r + [0] * (width - len(r)) for r in rows], device=device)
 
 
+def by_length(examples, batch):
+    """Lists of at most `batch` indices of examples, the shortest first: rows of like length need little padding."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    return [order[i:i + batch] for i in range(0, len(order), batch)]
+
+
 class Prefix:
     """A cache for training: the beginning that all rows share, read once, by one row; then the rows go on from it.
 

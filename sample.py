@@ -26,6 +26,7 @@ import torch
 
 from calibrate import flag_probs
 from cli import option, parse, read_jsonl, run
+from measures import first_above
 from model import Cache, Llama
 from objective import Example, flag_prob
 from page import write_page
@@ -120,21 +121,21 @@ def generate(model, tok, prompts, mode="stop", max_new_tokens=256, temperature=0
     """
     threshold = model.threshold if threshold is None and mode != "off" else threshold
     problems = setting_problems(mode, max_new_tokens, temperature, top_k, top_p, threshold, batch_size)
-    V = model.config.vocab_size
-    bias = torch.zeros(V, device=model.embed_tokens.weight.device)
-    for token, value in (logit_bias or {}).items():
-        if not 0 <= token < V + model.n_flags or not value < math.inf:  # NaN fails this too
-            problems.append(f"logit_bias has {token}: {value}, wanted an id below {V + model.n_flags} and a number or -inf")
-        elif token < V:  # a flag's own logit is out of reach: it is never drawn, and f has been read by then
-            bias[token] = value
+    known = model.config.vocab_size + model.n_flags
+    problems += [f"logit_bias has {token}: {value}, wanted an id below {known} and a number or -inf"
+                 for token, value in (logit_bias or {}).items() if not 0 <= token < known or not value < math.inf]
     if mode != "off" and not model.n_flags:
         problems.append(f"mode {mode} needs a flag: load an adapter first (model.load_flag), or take mode off")
     if problems:
         raise ValueError("; ".join(problems))
+    bias = torch.zeros(known, device=model.embed_tokens.weight.device)
+    for token, value in (logit_bias or {}).items():
+        bias[token] = value
+    bias = bias[:model.config.vocab_size]  # a flag's logit is out of reach: it is never drawn, and f is read by then
     rows = [start_row(model, tok, p, i, mode, threshold, max_new_tokens, seed, on_token) for i, p in enumerate(prompts)]
     for start in range(0, len(rows), batch_size):
         batch = rows[start:start + batch_size]
-        write(model, batch, lambda words, u: pick(words + bias, u, temperature, top_k, top_p))
+        write(model, batch, lambda words, u: pick(words + bias if logit_bias else words, u, temperature, top_k, top_p))
         for row in batch:
             yield row.answer()
 
@@ -211,29 +212,6 @@ def write(model, rows, pick):
             row.step(f_row, token)
 
 
-def read_transcripts(model, tok, records, threshold=None):
-    """An Answer for each record {"prompt": as for `generate`, "response": text by whatever model}: f at every token of
-    the response, and at its end, by one forward pass. Raises ValueError for what does not fit the model's context."""
-    threshold = model.threshold if threshold is None else threshold
-    if threshold is None or not 0 <= threshold <= 1:
-        raise ValueError(f"threshold is {threshold}, wanted a probability from 0 to 1")
-    limit, examples = model.config.max_position_embeddings, []
-    for i, record in enumerate(records):
-        _, messages, _ = check_prompt(record["prompt"], f"transcript {i + 1}")
-        ids = tok.render(messages)[0]
-        example = Example(ids + tok.encode(record["response"]) + tok.stop_ids[:1], len(ids), "")
-        if len(example.ids) > limit:
-            raise ValueError(f"transcript {i + 1} has {len(example.ids)} tokens with its template, and the model's "
-                             f"context holds {limit}: shorten it")
-        examples.append(example)
-    answers = []
-    for record, e, f in zip(records, examples, flag_probs(model, examples)):
-        flag_at = next((t for t, x in enumerate(f) if x > threshold), None)
-        answers.append(Answer(record["prompt"], record["response"], flag_at is not None, flag_at, max(f), f,
-                              e.ids[e.n_prompt:-1], "transcript"))
-    return answers
-
-
 def read(model, hidden):
     """Logits of the words (N, V) and f, a list of N floats, of hidden states (N, C); with no flag loaded f is 0."""
     words, flags = model.split_logits(hidden)
@@ -268,13 +246,36 @@ def pick(words, u, temperature, top_k, top_p):
     return (at if order is None else order.gather(-1, at))[:, 0]
 
 
+def read_transcripts(model, tok, records, threshold=None):
+    """An Answer for each record {"prompt": as for `generate`, "response": text by whatever model}: f at every token of
+    the response, and at its end, by one forward pass. Raises ValueError for what does not fit the model's context."""
+    threshold = model.threshold if threshold is None else threshold
+    if threshold is None or not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}, wanted a probability from 0 to 1")
+    limit, examples = model.config.max_position_embeddings, []
+    for i, record in enumerate(records):
+        _, messages, _ = check_prompt(record["prompt"], f"transcript {i + 1}")
+        ids = tok.render(messages)[0]
+        example = Example(ids + tok.encode(record["response"]) + tok.stop_ids[:1], len(ids), "")
+        if len(example.ids) > limit:
+            raise ValueError(f"transcript {i + 1} has {len(example.ids)} tokens with its template, and the model's "
+                             f"context holds {limit}: shorten it")
+        examples.append(example)
+    answers = []
+    for record, e, f in zip(records, examples, flag_probs(model, examples)):
+        flag_at = first_above(f, threshold)
+        answers.append(Answer(record["prompt"], record["response"], flag_at is not None, flag_at, max(f), f,
+                              e.ids[e.n_prompt:-1], "transcript"))
+    return answers
+
+
 # ------------------------------------------------------------------------------------------------- command line
 
 @dataclass(frozen=True)
 class SampleConfig:
     prompt: str | None = option(None, "the user's message")
     prompts: str | None = option(None, "a JSON Lines file of records with prompt and, optionally, prefill")
-    transcript: str | None = option(None, "a JSON Lines file of records with prompt and response, to be read, not answered")
+    transcript: str | None = option(None, "a JSON Lines file of records with prompt and response, to be read alone")
     prefill: str = option("", "the beginning of the answer, put into the model's mouth")
     system: str | None = option(None, "system message (default: what the model's chat template has)")
     mode: str = option("stop", "off, shadow or stop")

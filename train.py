@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 
 from calibrate import evaluate, print_table
-from cli import option, parse, run
+from cli import option, parse, run, say
 from data.prepare import read_records
 from model import Llama
-from objective import TERMS, backward, lay_out, make_example, read
+from objective import TERMS, backward, by_length, lay_out, make_example, read
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -96,10 +96,9 @@ class TrainConfig:
 @torch.no_grad()
 def hidden_states(model, examples, batch=16):
     """Final hidden states of the original model where each answer token is predicted: a list of (n_answer, C)."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))  # by length: little padding
     found = [None] * len(examples)
     with model.flag_off():
-        for part in (order[i:i + batch] for i in range(0, len(order), batch)):
+        for part in by_length(examples, batch):
             for i, h in zip(part, read(model, [examples[i].ids for i in part])):
                 e = examples[i]
                 found[i] = h[e.n_prompt - 1:e.n_prompt - 1 + e.n_answer].float()
@@ -262,10 +261,6 @@ def cut_log(out, n_steps):
     path = out / "log.jsonl"
     lines = path.read_text().splitlines(keepends=True)[:n_steps] if path.exists() else []
     path.write_text("".join(lines))
-
-
-def say(text):
-    print(text, file=sys.stderr, flush=True)
 
 
 # -------------------------------------------------------------------------------------------- checkpoints

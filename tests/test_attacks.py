@@ -52,6 +52,8 @@ def test_a_prefilled_model_goes_on_from_the_prefix_and_the_flag_judges_it(flagge
 
 def test_a_prefill_longer_than_the_answer_on_hand_is_left_out_until_the_answer_is_lengthened(flagged, tok):
     assert run("prefill_100", flagged, tok) is None
+    only_opening = REQUEST | {"response": "", "opening": "hello " * 40}  # as public sets have it, and long enough
+    assert tok.encode(run("prefill_25", flagged, tok, only_opening)["prefill"]) == tok.encode("hello " * 40)[:25]
     longer, plain, none = dict(REQUEST), dict(REQUEST), REQUEST | {"opening": "", "response": ""}
     lengthen(flagged, tok, [longer, none], 100)
     assert longer["long"][100].startswith(REQUEST["response"]) and "long" not in none
@@ -140,12 +142,13 @@ def test_a_prompt_is_cut_around_the_users_text(tok):
 
 def search(model, tok, adaptive=False):
     head, content, tail = split_prompt(tok, check_messages(REQUEST["prompt"]))
-    return Suffix(model, tok, head + content, tail, tok.encode(REQUEST["opening"]), adaptive, content)
+    return Suffix(model, tok, head, content, tail, tok.encode(REQUEST["opening"]), adaptive)
 
 
 def test_the_attack_loss_is_that_of_a_plain_forward(flagged, tok):
     suffix, target = tok.encode(" ! ! !"), tok.encode(REQUEST["opening"])
-    ids = torch.tensor([search(flagged, tok).head + suffix + search(flagged, tok).tail + target])
+    head, content, tail = split_prompt(tok, check_messages(REQUEST["prompt"]))
+    ids = torch.tensor([head + content + suffix + tail + target])
     with torch.no_grad():
         pi = flagged.logits(flagged(ids))[0, -len(target) - 1:-1].double().softmax(-1)
     f, q = pi[:, -1], pi[:, :-1] / pi[:, :-1].sum(-1, keepdim=True)
@@ -176,7 +179,7 @@ def test_the_gradient_over_words_is_that_of_finite_differences(flagged, tok):
     s, suffix = search(flagged, tok, True), tok.encode(" ! ! !")
     slope = s.gradient(suffix)
     x = flagged.embed(torch.tensor(s.rows([suffix]))).detach()
-    at, word, eps = len(s.head) + 1, 77, 1e-2
+    at, word, eps = len(s.head) + len(s.content) + 1, 77, 1e-2
 
     def loss(step):
         y = x.clone()

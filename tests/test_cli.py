@@ -194,7 +194,7 @@ state = lambda: (torch.get_default_dtype(), torch.get_default_device(), torch.ge
                  torch.random.initial_seed(), torch.is_grad_enabled(), torch.backends.cuda.matmul.allow_tf32,
                  dict(os.environ), sys.argv, os.getcwd())
 before = state()
-import attacks, baselines, calibrate, checkpoint, cli, costs, eval, measures, model, objective, page, report, sample
+import attacks, baselines, calibrate, checkpoint, cli, costs, eval, measures, model, objective, page, record, report, sample
 import tokenizer, train, data.prepare, data.smollm2
 assert state() == before
 assert not {{"transformers", "tokenizers", "peft", "gguf", "matplotlib", "scipy"}} & set(sys.modules), "a package that run time does not need"

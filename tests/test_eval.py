@@ -16,6 +16,7 @@ from calibrate import flag_probs
 from data.prepare import read_requests
 from measures import auroc
 from objective import Example
+from record import Progress
 from sample import generate
 
 
@@ -169,6 +170,25 @@ def test_a_damaged_run_is_one_error_that_says_what_to_do(monkeypatch, tiny, file
     (files[0] / "eval/figures.json").write_text(content)
     with pytest.raises(ValueError, match="--fresh begins anew"):
         run(monkeypatch, tiny, files, "--attack", "none")
+
+
+def test_the_time_left_is_said_to_the_end(monkeypatch, tiny, files, capsys):
+    more = ("--attack", "direct,prefill_25", "--classifier", "--train", files[1])
+    run(monkeypatch, tiny, files, *more)
+    said = [line for line in capsys.readouterr().err.splitlines() if "min left" in line]
+    assert said[-1] == "classifier, 0.0 min left" and any("25 tokens" in line for line in said) and len(said) > 8
+    run(monkeypatch, tiny, files, *more)  # all is there by now
+    assert "min left" not in capsys.readouterr().err
+
+
+def test_the_time_left_is_by_what_the_parts_cost(monkeypatch, capsys):
+    clock = iter([0.0, 60.0, 120.0])
+    monkeypatch.setattr("record.time.perf_counter", lambda: next(clock))
+    progress = Progress({"a": 1, "b": 4, "c": 5})
+    progress.done("a", "a")
+    progress.skip("b")
+    progress.done("c", "c")
+    assert capsys.readouterr().err == "a, 9.0 min left\nc, 0.0 min left\n"
 
 
 def test_results_of_another_run_are_not_mixed_in_but_more_attacks_may_come(monkeypatch, tiny, files):
