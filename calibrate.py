@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from measures import auroc, conformal_threshold
-from objective import by_length, decompose, flag_prob, read
+from objective import by_length, decompose, flag_prob, read, read_both
 
 
 @torch.no_grad()
@@ -19,11 +19,10 @@ def score(model, examples, batch=16, chunk=512):
         ids = [examples[i].ids for i in part]
         spans = [slice(examples[i].n_prompt - 1, len(examples[i].ids) - 1) for i in part]
         take = lambda hidden: torch.cat([h[s] for h, s in zip(hidden, spans)]).split(chunk)         # (n, C) each
-        with model.flag_off():
-            reference = take(read(model, ids))
+        hidden, reference = (take(x) for x in read_both(model, ids, ids))
         target = torch.tensor([t for i in part for t in examples[i].ids[examples[i].n_prompt:]]).split(chunk)
         results = []
-        for h, h0, t in zip(take(read(model, ids)), reference, target):
+        for h, h0, t in zip(hidden, reference, target):
             with model.flag_off():
                 reference_words = model.logits(h0)                                                  # (n, V)
             words, flags = model.split_logits(h)

@@ -277,6 +277,7 @@ class Llama(nn.Module):
         self.register_buffer("inv_freq", inverse_frequencies(c), persistent=False)
         self.flag_embed = self.flag_unembed = None  # parameters, once add_flag has made them
         self.n_flags, self.flag_on, self.merged = 0, False, False
+        self.n_frozen = 0  # blocks, from the bottom, without LoRA
         self.threshold, self.path = None, None
 
     @classmethod
@@ -299,9 +300,10 @@ class Llama(nn.Module):
         load_weights(model, path)
         return model.eval()
 
-    def forward(self, ids, cache=None):
+    def forward(self, ids, cache=None, first=0, last=None):
         """Final hidden states (B, T, C) of ids (B, T), or of embeddings (B, T, C) in their place; with a cache, they
-        continue what it holds."""
+        continue what it holds. With first and last only the blocks first .. last - 1 run: what goes in is what block
+        first - 1 gave, and the norm is left out unless last is None."""
         n_new, device = ids.shape[1], ids.device
         positions = torch.arange(n_new, device=device)[None] if cache is None else cache.positions(n_new)
         angles = (positions[..., None].float() * self.inv_freq)[:, None].repeat(1, 1, 1, 2)  # (B, 1, T, D)
@@ -310,11 +312,12 @@ class Llama(nn.Module):
         mask = None  # a fresh sequence is plainly causal
         if cache is not None and cache.longest:
             mask = torch.arange(cache.longest + n_new, device=device) <= positions[:, None, :, None]  # (B, 1, T, S+T)
-        for i, block in enumerate(self.layers):
-            x = block(x, cos, sin, mask, cache, i)
+        whole = last is None
+        for i in range(first, len(self.layers) if whole else last):
+            x = self.layers[i](x, cos, sin, mask, cache, i)
         if cache is not None:
             cache.advance(n_new)
-        return self.norm(x)
+        return self.norm(x) if whole else x
 
     def embed(self, ids):
         words = self.embed_tokens.weight
@@ -339,8 +342,9 @@ class Llama(nn.Module):
 
     # --------------------------------------------------------------------------------------------- the flag
 
-    def add_flag(self, n_flags=1, rank=16, alpha=32, seed=0):
-        """Grows the vocabulary by n_flags rows and every linear layer of the blocks by LoRA; only these train.
+    def add_flag(self, n_flags=1, rank=16, alpha=32, seed=0, layers=None):
+        """Grows the vocabulary by n_flags rows and every linear layer of the upper `layers` blocks (None: of all)
+        by LoRA; only these train.
 
         The new rows are parameters of their own, so the old ones stay as they are, tied or not. Until training
         chooses a start from data (train.py), unembedding rows are 0: f is about exp(-25), and no word moves.
@@ -351,12 +355,15 @@ class Llama(nn.Module):
         assert n_flags >= 1 and rank >= 0
         words = self.embed_tokens.weight
         self.n_flags, self.flag_on = n_flags, True
+        n_frozen = len(self.layers) if not rank else 0 if layers is None else max(0, len(self.layers) - layers)
+        self.n_frozen = n_frozen
         start = words.float().mean(0).repeat(n_flags, 1)
-        self.flag_embed = nn.Parameter(start, requires_grad=rank > 0)               # (F, C)
+        self.flag_embed = nn.Parameter(start, requires_grad=n_frozen == 0)          # (F, C)
         self.flag_unembed = nn.Parameter(torch.zeros_like(start))                   # (F, C)
         generator = torch.Generator().manual_seed(seed)
+        upper = set(self.layers[n_frozen:].modules())
         for layer in self.block_linears():
-            if rank:
+            if layer in upper:
                 layer.add_lora(rank, alpha, generator)
             else:
                 layer.lora_A = layer.lora_B = None
@@ -398,9 +405,10 @@ class Llama(nn.Module):
         """Writes flag.safetensors (LoRA and flag rows) and flag.json: `info`, threshold, base weights' hash."""
         if self.merged:
             raise ValueError("the adapter is merged into the weights: there is no LoRA left to save")
-        layer = self.layers[0].self_attn.q_proj
+        layer = self.layers[-1].self_attn.q_proj
         rank = len(layer.lora_A) if layer.lora_on else 0
         info = {"n_flags": self.n_flags, "rank": rank, "alpha": layer.lora_scale * rank if rank else 0.0,
+                "layers": len(self.layers) - self.n_frozen,
                 "threshold": self.threshold, "base_sha256": weights_hash(self.path)} | info
         write_adapter(folder, {n: p.detach().cpu().contiguous() for n, p in self.flag_parameters().items()}, info)
 
@@ -411,13 +419,15 @@ class Llama(nn.Module):
         """
         tensors, info = read_adapter(folder, self.path, force)
         shapes = {n: [info["n_flags"], self.config.hidden_size] for n in ("flag_embed", "flag_unembed")}
-        for name, layer in self.named_modules():
-            if info["rank"] and isinstance(layer, Linear):
-                shapes |= {f"{name}.lora_A": [info["rank"], layer.in_features],
-                           f"{name}.lora_B": [layer.out_features, info["rank"]]}
+        n_layers = info.get("layers", len(self.layers)) if info["rank"] else 0  # older adapters: all
+        for i in range(len(self.layers))[len(self.layers) - n_layers:]:
+            for name, layer in self.layers[i].named_modules():
+                if isinstance(layer, Linear):
+                    shapes |= {f"layers.{i}.{name}.lora_A": [info["rank"], layer.in_features],
+                               f"layers.{i}.{name}.lora_B": [layer.out_features, info["rank"]]}
         check_tensors({n: list(t.shape) for n, t in tensors.items()}, shapes, Path(folder) / "flag.safetensors")
-        self.add_flag(info["n_flags"], info["rank"], info["alpha"])  # only now: an error leaves the model as it was
-        with torch.no_grad():
+        self.add_flag(info["n_flags"], info["rank"], info["alpha"], layers=n_layers)  # only now: an error leaves the
+        with torch.no_grad():                                                          # model as it was
             for name, parameter in self.flag_parameters().items():
                 parameter.copy_(tensors[name])
         self.threshold = info["threshold"]

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 TERMS = ("benign", "flag", "after", "words")
 
@@ -36,6 +37,7 @@ class Example:
     n_prompt: int
     label: str
     opening: bool = False  # the answer's first words were put into the model's mouth
+    onset: int = 0         # answer token at which a harmful answer turns so; what comes before is benign
 
     @property
     def n_answer(self):
@@ -60,6 +62,13 @@ def make_example(tok, record, max_answer, context):
     return Example(ids[:end], n_prompt, record["label"], bool(record["opening"]))
 
 
+def splice(benign, n_tok, example):
+    """An Example of the benign one's prompt, the first n_tok tokens of its answer, and then the other's answer."""
+    before = benign.cut(min(n_tok, benign.n_answer - 1))  # without the token that ends it
+    return replace(example, ids=before.ids + example.ids[example.n_prompt:], n_prompt=before.n_prompt,
+                   onset=before.n_answer)
+
+
 @dataclass
 class Layout:
     """One example as the two models read it, and its supervised positions, a list entry each."""
@@ -73,19 +82,22 @@ class Layout:
 
 def lay_out(example, insert_at, flag_id, offset, positions):
     """Layout of an example; a harmful one gets the flag before answer token `insert_at`."""
-    p, n, ids = example.n_prompt, example.n_answer, example.ids
+    p, n, ids, onset = example.n_prompt, example.n_answer, example.ids, example.onset
     answer = range(n)
     if example.label != "harmful":
         at = [p - 1 + j for j in answer]
         return Layout(ids, ids, at, at, [TERMS.index("benign")] * n, ids[p:])
-    first = insert_at if positions == "one" else min(offset, insert_at)
-    flags, words, after = range(first, insert_at + 1), range(insert_at + 1), range(insert_at, n)
+    first = insert_at if positions == "one" else min(onset + offset, insert_at)
+    benign, flags = range(onset), range(first, insert_at + 1)
+    words, after = range(onset, insert_at + 1), range(insert_at, n)
+    before = (*benign, *flags, *words)
     return Layout(
         ids[:p + insert_at] + [flag_id] + ids[p + insert_at:], ids,
-        at=[p - 1 + j for j in (*flags, *words)] + [p + j for j in after],  # behind the flag all is one further on
-        reference_at=[p - 1 + j for j in (*flags, *words, *after)],
-        term=[TERMS.index(t) for t, js in (("flag", flags), ("words", words), ("after", after)) for _ in js],
-        target=[ids[p + j] for j in (*flags, *words, *after)])
+        at=[p - 1 + j for j in before] + [p + j for j in after],  # behind the flag all is one further on
+        reference_at=[p - 1 + j for j in (*before, *after)],
+        term=[TERMS.index(t) for t, js in zip(("benign", "flag", "words", "after"), (benign, flags, words, after))
+              for _ in js],
+        target=[ids[p + j] for j in (*before, *after)])
 
 
 def decompose(words, flags, reference_words):
@@ -141,15 +153,38 @@ class Prefix:
         self.longest = self.longest or n_new
 
 
-def read(model, rows):
-    """Final hidden states, a (len, C) for each of the rows (lists of ids); their common beginning is read once."""
-    n = len(os.path.commonprefix(rows)) if len(rows) > 1 else 0
-    n = min(n, min(map(len, rows)) - 1)  # each row goes on by one token at least
+def read(model, rows, first=0, last=None):
+    """Hidden states behind the blocks first .. last - 1 (all of them: the final ones), a (len, C) for each of the rows.
+
+    rows are lists of ids, or with first > 0 pairs of (ids, the (len, C) that the blocks below gave). Their common
+    beginning is read once.
+    """
+    ids, below = zip(*rows) if first else (rows, None)
+    n = len(os.path.commonprefix(ids)) if len(ids) > 1 else 0
+    n = min(n, min(map(len, ids)) - 1)  # each row goes on by one token at least
     device, prefix = model.inv_freq.device, Prefix(model.inv_freq.device)
-    head = model(torch.tensor([rows[0][:n]], device=device), prefix)[0] if n else None              # (n, C)
-    rest = model(pad([r[n:] for r in rows], device), prefix if n else None)                         # (B, T, C)
-    ends = [h[:len(r) - n] for r, h in zip(rows, rest)]
+    if first:
+        head, rest = below[0][None, :n], nn.utils.rnn.pad_sequence([x[n:] for x in below], batch_first=True)
+    else:
+        head, rest = torch.tensor([ids[0][:n]], device=device), pad([r[n:] for r in ids], device)
+    head = model(head, prefix, first, last)[0] if n else None                                       # (n, C)
+    rest = model(rest, prefix if n else None, first, last)                                          # (B, T, C)
+    ends = [h[:len(r) - n] for r, h in zip(ids, rest)]
     return [torch.cat([head, h]) for h in ends] if n else ends
+
+
+def read_both(model, rows, reference_rows):
+    """(final hidden states of the rows, of the reference rows by the original model), lists as of `read`. The blocks
+    below LoRA give both models the same, so they read but once what both see."""
+    k = model.n_frozen
+    if k:
+        both = {tuple(r): r for r in rows + reference_rows}
+        with torch.no_grad():
+            below = dict(zip(both, read(model, list(both.values()), 0, k)))
+        rows, reference_rows = ([(r, below[tuple(r)]) for r in rs] for rs in (rows, reference_rows))
+    with torch.no_grad(), model.flag_off():
+        reference = read(model, reference_rows, k)
+    return read(model, rows, k), reference
 
 
 def backward(model, layouts, weights, after="kl", chunk=256):
@@ -162,9 +197,8 @@ def backward(model, layouts, weights, after="kl", chunk=256):
     """
     device = model.embed_tokens.weight.device
     gather = lambda hidden, ats: torch.cat([h[at] for h, at in zip(hidden, ats)])                   # (N, C)
-    with torch.no_grad(), model.flag_off():
-        reference = gather(read(model, [x.reference_ids for x in layouts]), [x.reference_at for x in layouts])
-    hidden = gather(read(model, [x.ids for x in layouts]), [x.at for x in layouts])
+    hidden, reference = read_both(model, [x.ids for x in layouts], [x.reference_ids for x in layouts])
+    hidden, reference = gather(hidden, [x.at for x in layouts]), gather(reference, [x.reference_at for x in layouts])
     term = torch.tensor([t for x in layouts for t in x.term], device=device)                        # (N,)
     target = torch.tensor([t for x in layouts for t in x.target], device=device)
     sums, leaf = torch.zeros(len(TERMS), device=device), hidden.detach().requires_grad_()

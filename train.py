@@ -24,10 +24,11 @@ from calibrate import evaluate, print_table
 from cli import option, parse, run, say
 from data.prepare import read_records
 from model import Llama
-from objective import TERMS, backward, by_length, lay_out, make_example, read
+from objective import TERMS, backward, by_length, lay_out, make_example, read, splice
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
+SEEN = 4  # harmful words that must be read before a flag is asked for, where the request was harmless
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class TrainConfig:
     out: str = option("out", "folder to write")
     fresh: bool = option(False, "begin anew, though --out holds an unfinished run")
     # how long
-    steps: int = option(80, "optimizer steps")
+    steps: int = option(120, "optimizer steps")
     batch: int = option(24, "answers a step")
     micro_batch: int = option(8, "answers that go through the model at once; less memory, same result")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
@@ -50,18 +51,20 @@ class TrainConfig:
     after: float = option(0.05, "weight of L_after")
     words: float = option(2.0, "weight of L_words")
     early: float = option(2.0, "the flag's insertion comes behind answer token t with chance (t + 1)^-early; 0: uniform")
+    spliced: float = option(0.0, "share of the answers that begin with a piece of another, benign one: harm from there on")
     positions: str = option("all", "flag targets: all from the offset to the insertion, or one, at the insertion")
     offset: int = option(0, "first answer position that may be asked for the flag (k): evidence seen before it")
     after_loss: str = option("kl", "kl to the original model behind the flag, or ce on the answer's own words")
     # the adapter
     rank: int = option(16, "of LoRA; 0 trains the unembedding row alone, a linear probe")
+    layers: int = option(12, "blocks that carry it, the upper ones; those below run once for both models; 0: all")
     alpha: float = option(32.0, "LoRA is scaled by alpha / rank")
     lr: float = option(4e-4, "peak learning rate of LoRA")
     flag_lr: float = option(3e-5, "peak learning rate of the flag's rows, which start fitted")
     warmup: int = option(5, "steps until the peak")
     clip: float = option(1.0, "gradient norm at most")
     average: float = option(0.5, "the adapter kept is the mean over this share of the steps, the last ones; 0: the last")
-    start_answer: int = option(16, "tokens of each answer that the flag row's start is fitted on; 0: start at zero")
+    start_answer: int = option(8, "tokens of each answer that the flag row's start is fitted on; 0: start at zero")
     # the rest
     fpr: float = option(0.01, "benign answers that may be flagged, for the threshold")
     save_every: int = option(10, "steps between checkpoints")
@@ -75,14 +78,14 @@ class TrainConfig:
         problems = [f"--{k.replace('_', '-')} is {getattr(self, k)!r}, wanted {' or '.join(v)}"
                     for k, v in choices.items() if getattr(self, k) not in v]
         least = {"steps": 1, "batch": 1, "micro_batch": 1, "max_answer": 1, "min_answer": 1, "save_every": 1,
-                 "rank": 0, "offset": 0, "warmup": 0, "start_answer": 0, "benign": 0, "flag": 0, "after": 0, "words": 0,
+                 "rank": 0, "layers": 0, "offset": 0, "warmup": 0, "start_answer": 0, "benign": 0, "flag": 0, "after": 0, "words": 0,
                  "early": 0, "lr": 0, "flag_lr": 0}
         problems += [f"--{k.replace('_', '-')} is {getattr(self, k)}, wanted {v} or more"
                      for k, v in least.items() if not getattr(self, k) >= v]
         problems += [f"--{k} is {getattr(self, k)}, wanted above 0" for k in ("clip", "alpha")
                      if not getattr(self, k) > 0]
-        if not 0 <= self.average <= 1:
-            problems.append(f"--average is {self.average}, wanted from 0 to 1")
+        problems += [f"--{k} is {getattr(self, k)}, wanted from 0 to 1" for k in ("average", "spliced")
+                     if not 0 <= getattr(self, k) <= 1]
         if not 0 < self.fpr < 1:
             problems.append(f"--fpr is {self.fpr}, wanted between 0 and 1")
         if not self.offset < self.min_answer <= self.max_answer:
@@ -160,17 +163,23 @@ def step_layouts(examples, step, config, flag_id):
     is mostly said early, and short answers leave time for more of them. Order, cuts and insertions depend on seed and
     step alone: that is all the state a resumed run needs.
     """
-    layouts = []
+    layouts, benign = [], [e for e in examples if e.label == "benign"]
     for k in range(step * config.batch, (step + 1) * config.batch):
         epoch, place = divmod(k, len(examples))
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
         example = examples[order[place]]
-        cut, draw = torch.rand(2, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k)).tolist()
+        draws = torch.rand(5, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k)).tolist()
+        cut, draw, turn, whose, where = draws
         length = round(config.min_answer * (config.max_answer / config.min_answer) ** cut)
-        example = example.cut(length)
-        first = min(config.offset, example.n_answer - 1)
-        insert_at = first + insertion(draw, example.n_answer - first, config.early)
-        layouts.append(lay_out(example, insert_at, flag_id, config.offset, config.positions))
+        offset, early = config.offset, config.early
+        if turn < config.spliced and (example.opening or example.label != "harmful"):
+            example = splice(benign[int(whose * len(benign))], 1 + int(where * 30), example.cut(max(length, SEEN + 8)))
+            offset, early = offset + SEEN, 0.0  # the words themselves must tell
+        else:
+            example = example.cut(length)
+        first = min(example.onset + offset, example.n_answer - 1)
+        insert_at = first + insertion(draw, example.n_answer - first, early)
+        layouts.append(lay_out(example, insert_at, flag_id, offset, config.positions))
     return sorted(layouts, key=lambda x: len(x.ids))
 
 
@@ -329,7 +338,7 @@ def main():
     model, tok, examples, dev = load(config)
     out.mkdir(parents=True, exist_ok=True)
     say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()))
-    model.add_flag(n_flags=1, rank=config.rank, alpha=config.alpha, seed=config.seed)
+    model.add_flag(n_flags=1, rank=config.rank, alpha=config.alpha, seed=config.seed, layers=config.layers or None)
     train(model, examples, config, tok.flag_id, out)
     figures = evaluate(model, dev, config.fpr)
     figures |= {"minutes": (time.perf_counter() - began) / 60, "peak_memory_mb": peak_memory_mb()}

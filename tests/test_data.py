@@ -273,13 +273,14 @@ def test_bundled_prompts_are_as_many_as_promised():
     assert len({r["category"] for r in both if r["label"] == "harmful"}) == 12
 
 
-@pytest.mark.parametrize("name, kind", [("train", [False, True]), ("dev", [False, True]), ("more", [True])])
-def test_harmful_records_come_in_pairs_with_and_without_an_opening(name, kind):
+@pytest.mark.parametrize("name, kinds", [("train", [[False], [True], [False, True]]), ("dev", [[False, True]]),
+                                         ("more", [[True]])])
+def test_harmful_records_come_with_and_without_an_opening(name, kinds):
     openings = collections.defaultdict(list)
     for r in mini(name):
         if r["label"] == "harmful":
             openings[json.dumps(r["prompt"])].append(bool(r["opening"]))
-    assert openings and all(sorted(o) == kind for o in openings.values())
+    assert openings and all(sorted(o) in kinds for o in openings.values())
 
 
 @pytest.mark.parametrize("name", ["train", "dev", "more"])

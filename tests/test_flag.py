@@ -62,6 +62,30 @@ def test_exactly_the_adapter_gets_gradients(tmp_path, tied, rank):
     assert all(parameters[n].grad.abs().max() > 0 and parameters[n].dtype == torch.float32 for n in adapter)
 
 
+def test_lora_in_the_upper_blocks_alone(tiny, tmp_path):
+    model, ids = load(tiny), some_ids(2, 12, below=V + 1)
+    model.add_flag(rank=4, alpha=8, layers=1)
+    shake(model)
+    assert model.n_frozen == 1
+    model.logits(model(ids)).log_softmax(-1)[:, :, [3, V]].sum().backward()
+    adapter = {"flag_unembed"} | {f"layers.1.{n}.lora_{x}" for n in LINEARS for x in "AB"}
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == adapter
+    model.save_flag(tmp_path)
+    again = load(tiny)
+    assert again.load_flag(tmp_path)["layers"] == 1 and again.n_frozen == 1
+    assert torch.equal(logits_of(again, ids), logits_of(model, ids))
+    model.add_flag(rank=4, alpha=8, layers=99)  # as many as there are
+    assert model.n_frozen == 0 and model.layers[0].self_attn.q_proj.lora_on
+
+
+def test_the_blocks_can_be_run_in_two_goes(flagged):
+    ids = some_ids(2, 9, below=V + 1)
+    whole = flagged(ids)
+    for k in (0, 1, 2):
+        below = flagged(ids, last=k) if k else flagged.embed(ids)
+        assert torch.equal(flagged(below, first=k), whole)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_flag_off_is_the_original_bit_for_bit_nests_and_comes_back(tiny, dtype):
     original, model, ids = load(tiny, dtype), load(tiny, dtype), some_ids()
@@ -155,6 +179,8 @@ ADAPTER_ERRORS = {
     "another n_flags": (change_flag(n_flags=2), r"flag.safetensors.*flag_embed is \[1, 32\], wanted \[2, 32\]"),
     "n_flags 0": (change_flag(n_flags=0), "flag.json.*n_flags"),
     "n_flags a word": (change_flag(n_flags="one"), "flag.json.*n_flags"),
+    "layers a word": (change_flag(layers="two"), "flag.json.*layers is 'two'"),
+    "fewer layers": (change_flag(layers=1), "flag.safetensors.*layers.0"),
     "rank below 0": (change_flag(rank=-4), "flag.json.*rank"),
     "alpha a word": (change_flag(alpha="much"), "flag.json.*alpha"),
     "threshold a word": (change_flag(threshold="high"), "flag.json.*threshold"),
