@@ -356,13 +356,13 @@ class Llama(nn.Module):
         assert n_flags >= 1 and rank >= 0
         words = self.embed_tokens.weight
         self.n_flags, self.flag_on = n_flags, True
-        n_frozen = len(self.layers) if not rank else 0 if layers is None else max(0, len(self.layers) - layers)
-        self.n_frozen = n_frozen
+        n_lora = 0 if rank == 0 else len(self.layers) if layers is None else min(layers, len(self.layers))
+        self.n_frozen = len(self.layers) - n_lora
         start = words.float().mean(0).repeat(n_flags, 1)
-        self.flag_embed = nn.Parameter(start, requires_grad=n_frozen == 0)          # (F, C)
+        self.flag_embed = nn.Parameter(start, requires_grad=self.n_frozen == 0)     # (F, C)
         self.flag_unembed = nn.Parameter(torch.zeros_like(start))                   # (F, C)
         generator = torch.Generator().manual_seed(seed)
-        upper = set(self.layers[n_frozen:].modules())
+        upper = set(self.layers[self.n_frozen:].modules())
         for layer in self.block_linears():
             if layer in upper:
                 layer.add_lora(rank, alpha, generator)
@@ -427,8 +427,9 @@ class Llama(nn.Module):
                     shapes |= {f"layers.{i}.{name}.lora_A": [info["rank"], layer.in_features],
                                f"layers.{i}.{name}.lora_B": [layer.out_features, info["rank"]]}
         check_tensors({n: list(t.shape) for n, t in tensors.items()}, shapes, Path(folder) / "flag.safetensors")
-        self.add_flag(info["n_flags"], info["rank"], info["alpha"], layers=n_layers)  # only now: an error leaves the
-        with torch.no_grad():                                                          # model as it was
+        # only now: an error leaves the model as it was
+        self.add_flag(info["n_flags"], info["rank"], info["alpha"], layers=n_layers)
+        with torch.no_grad():
             for name, parameter in self.flag_parameters().items():
                 parameter.copy_(tensors[name])
         self.threshold = info["threshold"]

@@ -37,7 +37,6 @@ class Example:
     n_prompt: int
     label: str
     opening: bool = False  # the answer's first words were put into the model's mouth
-    onset: int = 0         # answer token at which a harmful answer turns so; what comes before is benign
 
     @property
     def n_answer(self):
@@ -62,13 +61,6 @@ def make_example(tok, record, max_answer, context):
     return Example(ids[:end], n_prompt, record["label"], bool(record["opening"]))
 
 
-def splice(benign, n_tok, example):
-    """An Example of the benign one's prompt, the first n_tok tokens of its answer, and then the other's answer."""
-    before = benign.cut(min(n_tok, benign.n_answer - 1))  # without the token that ends it
-    return replace(example, ids=before.ids + example.ids[example.n_prompt:], n_prompt=before.n_prompt,
-                   onset=before.n_answer)
-
-
 @dataclass
 class Layout:
     """One example as the two models read it, and its supervised positions, a list entry each."""
@@ -82,22 +74,19 @@ class Layout:
 
 def lay_out(example, insert_at, flag_id, offset, positions):
     """Layout of an example; a harmful one gets the flag before answer token `insert_at`."""
-    p, n, ids, onset = example.n_prompt, example.n_answer, example.ids, example.onset
+    p, n, ids = example.n_prompt, example.n_answer, example.ids
     answer = range(n)
     if example.label != "harmful":
         at = [p - 1 + j for j in answer]
         return Layout(ids, ids, at, at, [TERMS.index("benign")] * n, ids[p:])
-    first = insert_at if positions == "one" else min(onset + offset, insert_at)
-    benign, flags = range(onset), range(first, insert_at + 1)
-    words, after = range(onset, insert_at + 1), range(insert_at, n)
-    before = (*benign, *flags, *words)
+    first = insert_at if positions == "one" else min(offset, insert_at)
+    flags, words, after = range(first, insert_at + 1), range(insert_at + 1), range(insert_at, n)
     return Layout(
         ids[:p + insert_at] + [flag_id] + ids[p + insert_at:], ids,
-        at=[p - 1 + j for j in before] + [p + j for j in after],  # behind the flag all is one further on
-        reference_at=[p - 1 + j for j in (*before, *after)],
-        term=[TERMS.index(t) for t, js in zip(("benign", "flag", "words", "after"), (benign, flags, words, after))
-              for _ in js],
-        target=[ids[p + j] for j in (*before, *after)])
+        at=[p - 1 + j for j in (*flags, *words)] + [p + j for j in after],  # behind the flag all is one further on
+        reference_at=[p - 1 + j for j in (*flags, *words, *after)],
+        term=[TERMS.index(t) for t, js in (("flag", flags), ("words", words), ("after", after)) for _ in js],
+        target=[ids[p + j] for j in (*flags, *words, *after)])
 
 
 def decompose(words, flags, reference_words):

@@ -24,11 +24,10 @@ from calibrate import evaluate, print_table
 from cli import option, parse, run, say
 from data.prepare import read_records
 from model import Llama
-from objective import TERMS, backward, by_length, lay_out, make_example, read, splice
+from objective import TERMS, backward, by_length, lay_out, make_example, read
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
-SEEN = 4  # harmful words that must be read before a flag is asked for, where the request was harmless
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,6 @@ class TrainConfig:
     after: float = option(0.05, "weight of L_after")
     words: float = option(2.0, "weight of L_words")
     early: float = option(2.0, "the flag's insertion comes behind answer token t with chance (t + 1)^-early; 0: uniform")
-    spliced: float = option(0.0, "share of the answers that begin with a piece of another, benign one: harm from there on")
     positions: str = option("all", "flag targets: all from the offset to the insertion, or one, at the insertion")
     offset: int = option(0, "first answer position that may be asked for the flag (k): evidence seen before it")
     after_loss: str = option("kl", "kl to the original model behind the flag, or ce on the answer's own words")
@@ -78,14 +76,14 @@ class TrainConfig:
         problems = [f"--{k.replace('_', '-')} is {getattr(self, k)!r}, wanted {' or '.join(v)}"
                     for k, v in choices.items() if getattr(self, k) not in v]
         least = {"steps": 1, "batch": 1, "micro_batch": 1, "max_answer": 1, "min_answer": 1, "save_every": 1,
-                 "rank": 0, "layers": 0, "offset": 0, "warmup": 0, "start_answer": 0, "benign": 0, "flag": 0, "after": 0, "words": 0,
-                 "early": 0, "lr": 0, "flag_lr": 0}
+                 "rank": 0, "layers": 0, "offset": 0, "warmup": 0, "start_answer": 0, "benign": 0, "flag": 0, "after": 0,
+                 "words": 0, "early": 0, "lr": 0, "flag_lr": 0}
         problems += [f"--{k.replace('_', '-')} is {getattr(self, k)}, wanted {v} or more"
                      for k, v in least.items() if not getattr(self, k) >= v]
         problems += [f"--{k} is {getattr(self, k)}, wanted above 0" for k in ("clip", "alpha")
                      if not getattr(self, k) > 0]
-        problems += [f"--{k} is {getattr(self, k)}, wanted from 0 to 1" for k in ("average", "spliced")
-                     if not 0 <= getattr(self, k) <= 1]
+        if not 0 <= self.average <= 1:
+            problems.append(f"--average is {self.average}, wanted from 0 to 1")
         if not 0 < self.fpr < 1:
             problems.append(f"--fpr is {self.fpr}, wanted between 0 and 1")
         if not self.offset < self.min_answer <= self.max_answer:
@@ -163,23 +161,17 @@ def step_layouts(examples, step, config, flag_id):
     is mostly said early, and short answers leave time for more of them. Order, cuts and insertions depend on seed and
     step alone: that is all the state a resumed run needs.
     """
-    layouts, benign = [], [e for e in examples if e.label == "benign"]
+    layouts = []
     for k in range(step * config.batch, (step + 1) * config.batch):
         epoch, place = divmod(k, len(examples))
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
         example = examples[order[place]]
-        draws = torch.rand(5, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k)).tolist()
-        cut, draw, turn, whose, where = draws
+        cut, draw = torch.rand(2, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k)).tolist()
         length = round(config.min_answer * (config.max_answer / config.min_answer) ** cut)
-        offset, early = config.offset, config.early
-        if turn < config.spliced and (example.opening or example.label != "harmful"):
-            example = splice(benign[int(whose * len(benign))], 1 + int(where * 30), example.cut(max(length, SEEN + 8)))
-            offset, early = offset + SEEN, 0.0  # the words themselves must tell
-        else:
-            example = example.cut(length)
-        first = min(example.onset + offset, example.n_answer - 1)
-        insert_at = first + insertion(draw, example.n_answer - first, early)
-        layouts.append(lay_out(example, insert_at, flag_id, offset, config.positions))
+        example = example.cut(length)
+        first = min(config.offset, example.n_answer - 1)
+        insert_at = first + insertion(draw, example.n_answer - first, config.early)
+        layouts.append(lay_out(example, insert_at, flag_id, config.offset, config.positions))
     return sorted(layouts, key=lambda x: len(x.ids))
 
 

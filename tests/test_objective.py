@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from objective import (TERMS, Example, backward, decompose, flag_prob, lay_out, make_example, pad,
-                       position_losses, read, read_both, splice)
+                       position_losses, read, read_both)
 
 BENIGN, FLAG, AFTER, WORDS = range(4)
 RF = 272  # the tiny model's flag
@@ -52,24 +52,6 @@ def test_the_example_is_cut_at_the_last_answer(tok):
     assert make_example(tok, record, 1, 256).n_answer == 1
     with pytest.raises(ValueError, match="context"):
         make_example(tok, record, 9, 10)
-
-
-def test_what_comes_before_the_onset_is_benign():
-    """Prompt 10 11, benign words 20 21, then a harmful answer 30 31 32, asked for the flag from its second word on."""
-    e = splice(Example([10, 11, 20, 21, 22], 2, "benign"), 2, Example([15, 16, 17, 30, 31, 32], 3, "harmful", True))
-    assert e == Example([10, 11, 20, 21, 30, 31, 32], 2, "harmful", True, onset=2)
-    x = lay_out(e, 4, RF, 1, "all")
-    assert x.ids == [10, 11, 20, 21, 30, 31, RF, 32] and x.reference_ids == e.ids
-    rows = sorted(zip(x.term, x.at, x.reference_at, x.target))
-    assert rows == [(BENIGN, 1, 1, 20), (BENIGN, 2, 2, 21), (FLAG, 4, 4, 31), (FLAG, 5, 5, 32),
-                    (AFTER, 6, 5, 32), (WORDS, 3, 3, 30), (WORDS, 4, 4, 31), (WORDS, 5, 5, 32)]
-
-
-def test_a_splice_leaves_out_the_token_that_ends_the_answer_and_keeps_a_benign_label():
-    benign = Example([10, 20, 21, 2], 1, "benign")
-    e = splice(benign, 30, Example([11, 30, 31], 1, "benign"))
-    assert e.ids == [10, 20, 21, 30, 31]
-    assert lay_out(e, 0, RF, 0, "all").term == [BENIGN] * 4
 
 
 def random_logits(n=7, v=11, n_flags=1, dtype=torch.float64):
@@ -180,13 +162,13 @@ def test_blocks_without_lora_are_read_once_for_both_models(model, layers, rank):
             plain = [model(torch.tensor([r]))[0] for r in references]
         for found, wanted in zip(read_both(model, rows, references)[1], plain):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    _, found = gradients(model, [batch], weights) if rank else (0, {})
+    _, found = gradients(model, [batch], weights)
     model.zero_grad()
-    if rank:
-        plain_loss(model, batch, weights, "kl").backward()
-        for name, p in model.flag_parameters().items():
-            if p.requires_grad:
-                torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5, msg=name)
+    plain_loss(model, batch, weights, "kl").backward()
+    trained = {n: p.grad for n, p in model.flag_parameters().items() if p.grad is not None}
+    assert trained.keys() == found.keys()
+    for name, gradient in trained.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_micro_batches_and_chunks_add_up_to_one_batch(flagged):

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 import train
 from calibrate import evaluate, score
 from cli import parse
-from objective import TERMS, make_example
-from train import SEEN, TrainConfig, insertion, learning_rate, start_flag_rows, step_layouts
+from objective import make_example
+from train import TrainConfig, insertion, learning_rate, start_flag_rows, step_layouts
 
 SMALL = {"steps": 6, "batch": 4, "micro-batch": 2, "max-answer": 12, "save-every": 2, "start-answer": 6, "rank": 2,
          "lr": 0.01, "dtype": "float32", "device": "cpu"}
@@ -161,30 +161,10 @@ def test_each_record_comes_once_an_epoch_and_insertions_vary(tok):
 def test_answers_are_cut_at_log_uniform_lengths(tok):
     record = dict(prompt="p", response="a" * 200, opening="", label="benign")
     examples = [make_example(tok, record, 64, 255)]
-    config = dataclasses.replace(TrainConfig(), batch=1, min_answer=8, max_answer=64, spliced=0.0)
+    config = dataclasses.replace(TrainConfig(), batch=1, min_answer=8, max_answer=64)
     lengths = [len(step_layouts(examples, s, config, tok.flag_id)[0].at) for s in range(400)]
     assert min(lengths) == 8 and max(lengths) == 64
     assert scipy.stats.kstest(np.log2(lengths), "uniform", args=(3, 3)).pvalue > 1e-3
-
-
-def test_some_answers_begin_with_a_piece_of_a_benign_one(tok):
-    make = lambda prompt, **r: make_example(tok, dict(prompt=prompt, opening="") | r, 64, 255)
-    examples = [make("p", response="Z" * 50, label="benign"), make("q", response="X" * 50, label="harmful"),
-                make("r", response="W" * 50, label="harmful", opening="W")]
-    prompts = [tuple(e.ids[:e.n_prompt]) for e in examples]
-    config = dataclasses.replace(TrainConfig(), batch=3, spliced=0.3, offset=0)
-    flag, (Z, X, W) = tok.flag_id, tok.encode("ZXW")
-    xs = [x for s in range(300) for x in step_layouts(examples, s, config, flag)]
-    spliced = [x for x in xs if {Z, W} <= set(x.reference_ids)]
-    assert abs(len(spliced) / 300 - 0.3) < 0.1                      # of those with an opening
-    assert not [x for x in xs if {Z, X} <= set(x.reference_ids)]     # an answer without one may not be harmful
-    for x in spliced:
-        assert tuple(x.reference_ids[:len(prompts[0])]) == prompts[0]
-        onset = x.reference_ids.index(W)
-        assert x.ids.index(flag) >= onset + SEEN and 1 <= onset - len(prompts[0]) <= 30
-        at = {t: [a for a, u in zip(x.reference_at, x.term) if TERMS[u] == t] for t in TERMS}
-        assert at["benign"] == list(range(len(prompts[0]) - 1, onset - 1))  # predicting the benign words
-        assert at["flag"][0] == onset + SEEN - 1 and at["words"][0] == onset - 1
 
 
 def test_the_learning_rate_is_never_zero_and_peaks_after_the_warm_up():
