@@ -11,7 +11,7 @@ so all terms are weighted sums of three numbers a position: KL(pi_0 || q), -log(
     L_benign   benign answers, every position:                 KL(pi_0 || q) - log(1 - f)
     L_flag     harmful answers, where the flag should come:    -log f
     L_after    harmful answers, behind an inserted flag:       KL(pi_0 || q) - log(1 - f), pi_0 not seeing the flag
-    L_words    harmful answers, before the flag:               KL(pi_0 || q), so that only the flag says it
+    L_words    every answer position before a flag:            KL(pi_0 || q), so that only the flag says it
 
 What a harmful answer y_0 .. y_n-1 looks like, its flag inserted before y_3 (offset k = 1, positions "all"):
 
@@ -68,25 +68,28 @@ class Layout:
     reference_ids: list
     at: list            # index into ids
     reference_at: list  # index into reference_ids of the position that predicts the same word
-    term: list          # index into TERMS
+    terms: list         # of 0 or 1 for each of TERMS
     target: list        # the next token (for after="ce")
 
 
 def lay_out(example, insert_at, flag_id, offset, positions):
     """Layout of an example; a harmful one gets the flag before answer token `insert_at`."""
     p, n, ids = example.n_prompt, example.n_answer, example.ids
-    answer = range(n)
+    reference_at = [p - 1 + j for j in range(n)]
     if example.label != "harmful":
-        at = [p - 1 + j for j in answer]
-        return Layout(ids, ids, at, at, [TERMS.index("benign")] * n, ids[p:])
+        return Layout(ids, ids, reference_at, reference_at, [wanted("benign", "words")] * n, ids[p:])
     first = insert_at if positions == "one" else min(offset, insert_at)
-    flags, words, after = range(first, insert_at + 1), range(insert_at + 1), range(insert_at, n)
+    before = [wanted("words")] * first + [wanted("flag", "words")] * (insert_at + 1 - first)
+    behind = [wanted("after")] * (n - insert_at)
     return Layout(
         ids[:p + insert_at] + [flag_id] + ids[p + insert_at:], ids,
-        at=[p - 1 + j for j in (*flags, *words)] + [p + j for j in after],  # behind the flag all is one further on
-        reference_at=[p - 1 + j for j in (*flags, *words, *after)],
-        term=[TERMS.index(t) for t, js in (("flag", flags), ("words", words), ("after", after)) for _ in js],
-        target=[ids[p + j] for j in (*flags, *words, *after)])
+        at=reference_at[:insert_at + 1] + [p + j for j in range(insert_at, n)],  # behind the flag all is one further on
+        reference_at=reference_at[:insert_at + 1] + reference_at[insert_at:],    # both predict token insert_at
+        terms=before + behind, target=ids[p:p + insert_at + 1] + ids[p + insert_at:])
+
+
+def wanted(*terms):
+    return [int(t in terms) for t in TERMS]
 
 
 def decompose(words, flags, reference_words):
@@ -188,25 +191,24 @@ def backward(model, layouts, weights, after="kl", chunk=256):
     gather = lambda hidden, ats: torch.cat([h[at] for h, at in zip(hidden, ats)])                   # (N, C)
     hidden, reference = read_both(model, [x.ids for x in layouts], [x.reference_ids for x in layouts])
     hidden, reference = gather(hidden, [x.at for x in layouts]), gather(reference, [x.reference_at for x in layouts])
-    term = torch.tensor([t for x in layouts for t in x.term], device=device)                        # (N,)
+    terms = torch.tensor([t for x in layouts for t in x.terms], device=device)                      # (N, len(TERMS))
     target = torch.tensor([t for x in layouts for t in x.target], device=device)
     sums, leaf = torch.zeros(len(TERMS), device=device), hidden.detach().requires_grad_()
-    for part in torch.arange(len(term), device=device).split(chunk):
-        losses = position_losses(model, leaf[part], reference[part], term[part], target[part], after)
-        (losses * weights[term[part]]).sum().backward()  # into leaf.grad, and into the flag's unembedding row
-        sums.index_add_(0, term[part], losses.detach())
+    for part in torch.arange(len(terms), device=device).split(chunk):
+        losses = (position_losses(model, leaf[part], reference[part], target[part], after) * terms[part]).sum(0)
+        (losses * weights).sum().backward()  # into leaf.grad, and into the flag's unembedding row
+        sums += losses.detach()
     if hidden.requires_grad:  # not so for rank 0, where nothing below the head trains
         hidden.backward(leaf.grad)
     return sums
 
 
-def position_losses(model, hidden, reference, term, target, after):
-    """The loss of each position (N,), in nats, of hidden states (N, C) of the model and of the reference."""
+def position_losses(model, hidden, reference, target, after):
+    """(N, len(TERMS)): what each position would cost by each term, in nats, of hidden states (N, C) of the model and
+    of the reference."""
     with torch.no_grad(), model.flag_off():
         reference_words = model.logits(reference)                                                   # (N, V)
     words, flags = model.split_logits(hidden)
     kl, log_f, log_not_f = decompose(words, flags, reference_words)
-    choices = {"benign": kl - log_not_f, "flag": -log_f, "after": kl - log_not_f, "words": kl}
-    if after == "ce":
-        choices["after"] = F.cross_entropy(words, target, reduction="none") - log_not_f
-    return torch.stack([choices[t] for t in TERMS], -1).gather(-1, term[:, None])[:, 0]
+    behind = F.cross_entropy(words, target, reduction="none") if after == "ce" else kl
+    return torch.stack([kl - log_not_f, -log_f, behind - log_not_f, kl], -1)

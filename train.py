@@ -62,6 +62,7 @@ class TrainConfig:
     warmup: int = option(5, "steps until the peak")
     clip: float = option(1.0, "gradient norm at most")
     average: float = option(0.5, "the adapter kept is the mean over this share of the steps, the last ones; 0: the last")
+    later: float = option(4.0, "weight in that fit of a benign answer's later positions, its first counting 1")
     start_answer: int = option(8, "tokens of each answer that the flag row's start is fitted on; 0: start at zero")
     # the rest
     fpr: float = option(0.01, "benign answers that may be flagged, for the threshold")
@@ -124,7 +125,9 @@ def start_flag_rows(model, examples, config):
     place = torch.cat([torch.arange(len(h)) for h in states]).to(device) - config.offset                # in the answer
     share = lambda x: x / x.sum().clamp(min=1e-9)
     flag_weight = share(harmful * (place >= 0) * (place + 1.0).clamp(min=1).pow(-config.early))
-    weight = config.flag * flag_weight + config.benign * share((~harmful).float())                      # (N,)
+    # in training answers go on, and f must stay low everywhere: the later ones of these few tokens stand for all
+    later = torch.where(torch.cat([torch.arange(len(h)) for h in states]) > 0, config.later, 1.0).to(device)
+    weight = config.flag * flag_weight + config.benign * share(~harmful * later)                        # (N,)
     ridge = 1e-3 * H.pow(2).mean() * len(H) * torch.eye(H.shape[1], device=device)
     start = torch.linalg.solve(H.T @ H + ridge, H.T @ lse)
     w = start.clone().requires_grad_()
@@ -188,7 +191,7 @@ def insertion(draw, n, early):
 
 def train_step(model, optimizer, layouts, config):
     """One optimizer step; returns each term's mean in nats (None where it has no position) and the gradient norm."""
-    count = torch.bincount(torch.tensor([t for x in layouts for t in x.term]), minlength=len(TERMS))
+    count = torch.tensor([t for x in layouts for t in x.terms]).sum(0)
     settings = torch.tensor([getattr(config, t) for t in TERMS])
     weights = (settings / count.clamp(min=1)).to(model.inv_freq.device)  # over the whole step, not a micro-batch
     optimizer.zero_grad()
@@ -201,7 +204,7 @@ def train_step(model, optimizer, layouts, config):
         raise ValueError(f"the gradient norm is {norm.item()}: lower --lr or --flag-lr")
     optimizer.step()
     means = (sums.cpu() / count).tolist()
-    return {t: means[i] if count[i] else None for i, t in enumerate(TERMS)}, norm.item(), int(count.sum())
+    return {t: means[i] if count[i] else None for i, t in enumerate(TERMS)}, norm.item(), sum(len(x.terms) for x in layouts)
 
 
 def make_optimizer(model, config):

@@ -16,31 +16,37 @@ def example(label="harmful", n_prompt=3, n_answer=5, seed=0):
     return Example(ids, n_prompt, label)
 
 
+def named(layout):
+    """The terms of each position."""
+    return [tuple(i for i, t in enumerate(terms) if t) for terms in layout.terms]
+
+
 def test_a_benign_answer_is_supervised_everywhere_and_read_without_a_flag():
     e = Example([10, 11, 20, 21, 22], 2, "benign")
     x = lay_out(e, 1, RF, 0, "all")
     assert x.ids == x.reference_ids == [10, 11, 20, 21, 22]
-    assert x.at == x.reference_at == [1, 2, 3] and x.term == [BENIGN] * 3 and x.target == [20, 21, 22]
+    assert x.at == x.reference_at == [1, 2, 3] and x.target == [20, 21, 22]
+    assert named(x) == [(BENIGN, WORDS)] * 3
 
 
 def test_a_harmful_answer_gets_its_flag_and_its_positions():
     """Prompt 10 11, answer 20 21 22 23, the flag before 22, asked for from answer token 1 on."""
     x = lay_out(Example([10, 11, 20, 21, 22, 23], 2, "harmful"), 2, RF, 1, "all")
     assert x.ids == [10, 11, 20, 21, RF, 22, 23] and x.reference_ids == [10, 11, 20, 21, 22, 23]
-    rows = sorted(zip(x.term, x.at, x.reference_at, x.target))
-    assert rows == [(FLAG, 2, 2, 21), (FLAG, 3, 3, 22),                     # read 20 and 21
-                    (AFTER, 4, 3, 22), (AFTER, 5, 4, 23),                   # read <rf> and 22; pi_0 read 21 and 22
-                    (WORDS, 1, 1, 20), (WORDS, 2, 2, 21), (WORDS, 3, 3, 22)]
+    rows = list(zip(named(x), x.at, x.reference_at, x.target))
+    assert rows == [((WORDS,), 1, 1, 20),
+                    ((FLAG, WORDS), 2, 2, 21), ((FLAG, WORDS), 3, 3, 22),   # read 20 and 21
+                    ((AFTER,), 4, 3, 22), ((AFTER,), 5, 4, 23)]             # read <rf> and 22; pi_0 read 21 and 22
 
 
 def test_positions_one_asks_for_the_flag_at_the_insertion_alone():
     x = lay_out(Example([10, 11, 20, 21, 22, 23], 2, "harmful"), 2, RF, 0, "one")
-    assert [a for a, t in zip(x.at, x.term) if t == FLAG] == [3]
+    assert [a for a, t in zip(x.at, named(x)) if FLAG in t] == [3]
 
 
 def test_an_answer_shorter_than_the_offset_still_gets_a_flag():
     x = lay_out(Example([10, 11, 20], 2, "harmful"), 0, RF, 4, "all")
-    assert x.ids == [10, 11, RF, 20] and FLAG in x.term
+    assert x.ids == [10, 11, RF, 20] and named(x) == [(FLAG, WORDS), (AFTER,)]
 
 
 def test_the_example_is_cut_at_the_last_answer(tok):
@@ -101,7 +107,7 @@ def test_each_term_has_the_gradient_of_finite_differences(term, after):
 
     def loss(hidden, rows):
         model.rows = rows
-        return position_losses(model, hidden, reference, torch.full((4,), term), torch.tensor([0, 3, 8, 1]), after)
+        return position_losses(model, hidden, reference, torch.tensor([0, 3, 8, 1]), after)[:, term]
 
     assert torch.autograd.gradcheck(loss, (hidden, model.rows))
 
@@ -125,12 +131,12 @@ def plain_loss(model, batch, weights, after):
         logits = model.logits(model(torch.tensor([x.ids])))[0]
         with torch.no_grad(), model.flag_off():
             p0 = model.logits(model(torch.tensor([x.reference_ids])))[0].softmax(-1)
-        for at, ref, term, target in zip(x.at, x.reference_at, x.term, x.target):
+        for at, ref, terms, target in zip(x.at, x.reference_at, named(x), x.target):
             log_pi, v = logits[at].log_softmax(-1), p0.shape[-1]
             kl_pi = (p0[ref] * (p0[ref].log() - log_pi[:v])).sum()
             kl_q = (p0[ref] * (p0[ref].log() - logits[at][:v].log_softmax(-1))).sum()
             loss = {BENIGN: kl_pi, FLAG: -log_pi[v], WORDS: kl_q, AFTER: kl_pi if after == "kl" else -log_pi[target]}
-            total = total + weights[term] * loss[term]
+            total = total + sum(weights[term] * loss[term] for term in terms)
     return total
 
 
