@@ -233,7 +233,7 @@ def attack_all(model, tok, sets, todo, config, record, progress):
     record.rewrite()  # a batch that an interruption hit between the two files stands twice in the first
 
 
-def plan(config, todo, problems, folders):
+def plan(config, sets, todo, problems, folders):
     """Roughly what each part of the run costs, in answers read: for the time left."""
     n = n_costs(config)
     parts = {tuple(name_of(b)): cost(b) for b in todo}
@@ -242,7 +242,7 @@ def plan(config, todo, problems, folders):
     parts |= {"onsets": 3 * n, "words": 8 * n, "unchanged": 14 * n, "refusals": 8 * n, "behind_the_flag": 2 * n}
     parts |= dict.fromkeys(("solved", "solved_before"), 20 * len(problems)) if problems else {}
     parts |= {"classifier": 2000} if config.classifier or config.full else {}
-    return parts | {("compare", folder): 700 for folder in folders}
+    return parts | {("compare", folder): sum(len(b[3]) for b in batches(config, sets)) for folder in folders}
 
 
 def n_costs(config):
@@ -258,21 +258,21 @@ def cost(batch):
 
 
 def compare(model, tok, folders, record, progress):
-    """Reads the answers that no attack has touched with other adapters too: their scores go into each result, under the
-    folder's name."""
+    """Reads the same answers with other adapters too: their scores go into each result, under the folder's name, and
+    their thresholds into the figures. (Not the answers that PGD made: they have no prompt that could be read again.)"""
     for folder in folders:
         sha = digest((Path(folder) / "flag.safetensors").read_bytes())
-        known = record.figures.get("compared", {})
-        todo = [r for r in record.results.values() if r["attack"] in ("direct", "opening")
-                and (folder not in r.get("others", {}) or known.get(folder) != sha)]
+        known = record.figures.get("compared with", {})
+        todo = [r for r in record.results.values() if not r.get("embedded")
+                and (folder not in r.get("others", {}) or known.get(folder, {}).get("sha256") != sha)]
         if not todo:
             progress.skip(("compare", folder))
             continue
-        model.load_flag(folder)
+        threshold = model.load_flag(folder)["threshold"]
         for r, f in zip(todo, flag_probs(model, [example_of(tok, r) for r in todo])):
             r.setdefault("others", {}).update({folder: max(f), f"{folder}, first position alone": f[0]})
         record.rewrite()
-        record.save("compared", known | {folder: sha})
+        record.save("compared with", known | {folder: {"sha256": sha, "threshold": threshold}})
         progress.done(("compare", folder), f"{len(todo)} answers read by {folder}")
 
 
@@ -357,7 +357,7 @@ def main():
     out = Path(config.out or Path(config.adapter) / "eval")
     record = Run(out, identity(config, sets, model.threshold), config.fresh)
     todo = [b for b in batches(config, sets) if name_of(b) not in record.figures["batches"]]
-    progress = Progress(plan(config, todo, problems, folders))
+    progress = Progress(plan(config, sets, todo, problems, folders))
     attack_all(model, tok, sets, todo, config, record, progress)
     measure_costs(model, tok, sets, problems, config, record, progress)
     if config.classifier or config.full:

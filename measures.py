@@ -34,12 +34,28 @@ def auroc_interval(positive, negative, confidence=0.95, n_draws=2000, seed=0):
     the areas. One score a prompt is expected. None where a side is empty. Source: Efron and Tibshirani (1993)."""
     if not len(positive) or not len(negative):
         return None
-    table, rng = wins(positive, negative), np.random.default_rng(seed)
-    n, m = table.shape
-    times = lambda size: rng.multinomial(size, np.full(size, 1 / size), n_draws)  # how often each is drawn
-    areas = ((times(n) @ table) * times(m)).sum(1) / (n * m)                      # (n_draws,)
     tail = (1 - confidence) / 2
-    return tuple(float(x) for x in np.quantile(areas, [tail, 1 - tail]))
+    return tuple(float(x) for x in np.quantile(bootstrap_areas(wins(positive, negative), n_draws, seed), [tail, 1 - tail]))
+
+
+def auroc_difference(positive, negative, others_positive, others_negative, confidence=0.95, n_draws=2000, seed=0):
+    """(difference, low, high): by how much one detector's AUROC lies above another's on the same answers, and the
+    interval by the bootstrap over prompts, both detectors on the same draws. None where a side is empty."""
+    if not len(positive) or not len(negative):
+        return None
+    tables = wins(positive, negative), wins(others_positive, others_negative)
+    assert tables[0].shape == tables[1].shape
+    areas, others = (bootstrap_areas(t, n_draws, seed) for t in tables)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(areas - others, [tail, 1 - tail])
+    return float(tables[0].mean() - tables[1].mean()), float(low), float(high)
+
+
+def bootstrap_areas(table, n_draws, seed):
+    """(n_draws,) areas of a table of `wins`, positives and negatives drawn anew with replacement."""
+    rng, (n, m) = np.random.default_rng(seed), table.shape
+    times = lambda size: rng.multinomial(size, np.full(size, 1 / size), n_draws)  # how often each is drawn
+    return ((times(n) @ table) * times(m)).sum(1) / (n * m)
 
 
 def clopper_pearson(k, n, confidence=0.95):

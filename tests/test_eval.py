@@ -207,15 +207,19 @@ def test_other_adapters_and_the_classifier_read_the_same_answers(monkeypatch, ti
         flagged.flag_unembed.mul_(-1)
     other = str(out.parent / "other")
     flagged.save_flag(other)
-    results, _ = run(monkeypatch, tiny, files, "--attack", "direct,opening", "--compare", other, "--classifier",
-                     "--train", dev)
-    for r in results:
+    results, _ = run(monkeypatch, tiny, files, "--attack", "direct,opening,style,pgd", "--compare", other,
+                     "--classifier", "--train", dev)
+    assert all(other not in r.get("others", {}) for r in results if r["attack"] == "pgd")
+    n_read = [r["others"][other] > flagged.threshold for r in results if (r["set"], r["attack"]) == ("harmful", "style")]
+    for r in (r for r in results if r["attack"] in ("direct", "opening")):
         prompt = tok.render(r["prompt"])[0]
         f, = flag_probs(flagged, [Example(prompt + r["tokens"], len(prompt), "")])
         assert r["others"][other] == pytest.approx(max(f), rel=1e-3) and "classifier" in r["others"]
         assert r["others"][f"{other}, first position alone"] == pytest.approx(f[0], rel=1e-3)
     text = capsys.readouterr().out
     assert f"| {other} |" in text and "| classifier |" in text and "joint 1%" in text
+    row = next(line for line in text.splitlines() if line.startswith("| harmful, style |"))
+    assert row.split(" | ")[1] == str(len(n_read)) and row.endswith(f"| {sum(n_read) / len(n_read):.1%} |")
 
 
 @pytest.mark.parametrize("more, message", [(("--attack", "magic"), "no attack 'magic'"), (("--seeds", 0), "--seeds is 0"),

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, mannwhitneyu
 
-from measures import (ONSET_BINS, auroc, auroc_interval, binomial_tail, clopper_pearson, conformal_threshold,
-                      mean_and_spread, onset_bin, runs, share, threshold_at, tpr_at)
+from measures import (ONSET_BINS, auroc, auroc_difference, auroc_interval, binomial_tail, clopper_pearson,
+                      conformal_threshold, mean_and_spread, onset_bin, runs, share, threshold_at, tpr_at)
 
 scores = st.lists(st.integers(0, 8).map(lambda x: x / 8), min_size=1, max_size=40)  # few values, so many ties
 
@@ -50,6 +50,21 @@ def test_the_bootstrap_interval_covers_the_true_area_as_often_as_it_says():
 def test_the_bootstrap_interval_of_a_perfect_separation_is_a_point():
     assert auroc_interval([2.0, 3.0], [0.0, 1.0]) == (1.0, 1.0)
     assert auroc_interval([], [1.0]) is None and auroc([], [1.0]) is None
+
+
+def test_the_difference_of_two_detectors_on_the_same_answers():
+    a, b = [3.0, 1.0, 2.0], [0.0, 2.5]
+    assert auroc_difference(a, b, a, b) == (0, 0, 0)
+    assert auroc_difference([1.0], [0.0], [0.0], [1.0]) == (1, 1, 1) and auroc_difference([], b, [], b) is None
+    rng, hits = np.random.default_rng(1), 0
+    phi = lambda x: 0.5 * (1 + math.erf(x / math.sqrt(2)))
+    truth = phi(1.2 / math.sqrt(2)) - phi(0.8 / math.sqrt(2))
+    for i in range(200):  # the second detector's noise is half the first one's, so that they go together
+        noise = [(rng.normal(size=n), rng.normal(size=n)) for n in (60, 80)]
+        (x, y), (u, v) = ((n, 0.5 ** 0.5 * (n + m)) for n, m in noise)
+        _, low, high = auroc_difference(x + 1.2, u, y + 0.8, v, n_draws=400, seed=i)
+        hits += low <= truth <= high
+    assert binomtest(hits, 200, 0.95).pvalue > 1e-3
 
 
 @settings(max_examples=200, deadline=None)
