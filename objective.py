@@ -11,7 +11,7 @@ so all terms are weighted sums of three numbers a position: KL(pi_0 || q), -log(
     L_benign   benign answers, every position:                 KL(pi_0 || q) - log(1 - f)
     L_flag     harmful answers, where the flag should come:    -log f
     L_after    harmful answers, behind an inserted flag:       KL(pi_0 || q) - log(1 - f), pi_0 not seeing the flag
-    L_words    every answer position before a flag:            KL(pi_0 || q), so that only the flag says it
+    L_words    benign answers, and harmful up to the flag:     KL(pi_0 || q), so that only the flag says it
 
 What a harmful answer y_0 .. y_n-1 looks like, its flag inserted before y_3 (offset k = 1, positions "all"):
 
@@ -68,7 +68,7 @@ class Layout:
     reference_ids: list
     at: list            # index into ids
     reference_at: list  # index into reference_ids of the position that predicts the same word
-    terms: list         # of 0 or 1 for each of TERMS
+    terms: list         # a 0 or 1 for each of TERMS
     target: list        # the next token (for after="ce")
 
 

@@ -62,8 +62,8 @@ class TrainConfig:
     warmup: int = option(5, "steps until the peak")
     clip: float = option(1.0, "gradient norm at most")
     average: float = option(0.5, "the adapter kept is the mean over this share of the steps, the last ones; 0: the last")
-    later: float = option(4.0, "weight in that fit of a benign answer's later positions, its first counting 1")
     start_answer: int = option(8, "tokens of each answer that the flag row's start is fitted on; 0: start at zero")
+    later: float = option(4.0, "weight in that fit of a benign answer's later positions, its first counting 1")
     # the rest
     fpr: float = option(0.01, "benign answers that may be flagged, for the threshold")
     save_every: int = option(10, "steps between checkpoints")
@@ -77,8 +77,8 @@ class TrainConfig:
         problems = [f"--{k.replace('_', '-')} is {getattr(self, k)!r}, wanted {' or '.join(v)}"
                     for k, v in choices.items() if getattr(self, k) not in v]
         least = {"steps": 1, "batch": 1, "micro_batch": 1, "max_answer": 1, "min_answer": 1, "save_every": 1,
-                 "rank": 0, "layers": 0, "offset": 0, "warmup": 0, "start_answer": 0, "benign": 0, "flag": 0, "after": 0,
-                 "words": 0, "early": 0, "lr": 0, "flag_lr": 0}
+                 "rank": 0, "layers": 0, "offset": 0, "warmup": 0, "start_answer": 0, "later": 0, "benign": 0, "flag": 0,
+                 "after": 0, "words": 0, "early": 0, "lr": 0, "flag_lr": 0}
         problems += [f"--{k.replace('_', '-')} is {getattr(self, k)}, wanted {v} or more"
                      for k, v in least.items() if not getattr(self, k) >= v]
         problems += [f"--{k} is {getattr(self, k)}, wanted above 0" for k in ("clip", "alpha")
@@ -122,12 +122,13 @@ def start_flag_rows(model, examples, config):
     with torch.no_grad(), model.flag_off():
         lse = torch.cat([model.logits(h.to(head_dtype)).logsumexp(-1) for h in H.split(256)])       # (N,)
     harmful = torch.cat([torch.full((len(h),), e.label == "harmful") for e, h in zip(examples, states)]).to(device)
-    place = torch.cat([torch.arange(len(h)) for h in states]).to(device) - config.offset                # in the answer
+    place = torch.cat([torch.arange(len(h)) for h in states]).to(device)                            # in the answer
     share = lambda x: x / x.sum().clamp(min=1e-9)
-    flag_weight = share(harmful * (place >= 0) * (place + 1.0).clamp(min=1).pow(-config.early))
-    # in training answers go on, and f must stay low everywhere: the later ones of these few tokens stand for all
-    later = torch.where(torch.cat([torch.arange(len(h)) for h in states]) > 0, config.later, 1.0).to(device)
-    weight = config.flag * flag_weight + config.benign * share(~harmful * later)                        # (N,)
+    asked = place - config.offset  # from this place on f may be asked for
+    flag_weight = share(harmful * (asked >= 0) * (asked + 1.0).clamp(min=1).pow(-config.early))
+    # a score is the highest f of a whole answer: the later ones of these few tokens stand for all that follow
+    benign_weight = share(~harmful * torch.where(place > 0, config.later, 1.0))
+    weight = config.flag * flag_weight + config.benign * benign_weight                              # (N,)
     ridge = 1e-3 * H.pow(2).mean() * len(H) * torch.eye(H.shape[1], device=device)
     start = torch.linalg.solve(H.T @ H + ridge, H.T @ lse)
     w = start.clone().requires_grad_()
@@ -190,7 +191,8 @@ def insertion(draw, n, early):
 
 
 def train_step(model, optimizer, layouts, config):
-    """One optimizer step; returns each term's mean in nats (None where it has no position) and the gradient norm."""
+    """One optimizer step; returns each term's mean in nats (None where it has no position), the gradient norm, and how
+    many positions were supervised."""
     count = torch.tensor([t for x in layouts for t in x.terms]).sum(0)
     settings = torch.tensor([getattr(config, t) for t in TERMS])
     weights = (settings / count.clamp(min=1)).to(model.inv_freq.device)  # over the whole step, not a micro-batch
@@ -203,8 +205,8 @@ def train_step(model, optimizer, layouts, config):
     if not torch.isfinite(norm):
         raise ValueError(f"the gradient norm is {norm.item()}: lower --lr or --flag-lr")
     optimizer.step()
-    means = (sums.cpu() / count).tolist()
-    return {t: means[i] if count[i] else None for i, t in enumerate(TERMS)}, norm.item(), sum(len(x.terms) for x in layouts)
+    means, n_supervised = (sums.cpu() / count).tolist(), sum(len(x.terms) for x in layouts)
+    return {t: means[i] if count[i] else None for i, t in enumerate(TERMS)}, norm.item(), n_supervised
 
 
 def make_optimizer(model, config):

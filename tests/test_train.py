@@ -116,23 +116,26 @@ def test_it_overfits_a_few_answers_and_leaves_the_words(command, model, tok, aft
     assert evaluate(model, examples, 0.2)["benign_kl"] < 0.1
 
 
-@pytest.mark.parametrize("early", [0.0, 2.0])
-def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_path, early):
+@pytest.mark.parametrize("early, later", [(0.0, 1.0), (2.0, 1.0), (2.0, 5.0)])
+def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_path, early, later):
     path = write_records(tmp_path / "r.jsonl", 20)
-    examples = [make_example(tok, json.loads(line), 12, 255) for line in path.read_text().splitlines()]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    swap = {"harmful": "benign", "benign": "harmful"}  # a few stand there with the other label too: no fit gets to 0
+    records += [r | {"label": swap[r["label"]]} for r in records[:14]]
+    examples = [make_example(tok, r, 12, 255) for r in records]
     model.add_flag(rank=2)
-    config = dataclasses.replace(TrainConfig(), benign=2.0, flag=0.5, early=early, offset=1)
+    config = dataclasses.replace(TrainConfig(), benign=2.0, flag=0.5, early=early, later=later, offset=1)
     nll = start_flag_rows(model, examples, config)
     harmful, benign = [], []  # (weight, -log f or -log(1 - f)) of each position
     for e, s in zip(examples, score(model, examples)):
         for t, f in enumerate(s["f"]):
             if e.label != "harmful":
-                benign.append((1.0, -np.log(1 - f)))
+                benign.append((later if t else 1.0, -np.log(1 - f)))
             elif t >= 1:
                 harmful.append((float(t) ** -early, -np.log(f)))
     average = lambda x: np.average([v for _, v in x], weights=[w for w, _ in x])
     measured = 0.5 * average(harmful) + 2.0 * average(benign)
-    assert abs(measured - nll) < 0.02
+    assert measured == pytest.approx(nll, rel=1e-3) and nll > 0.1
     assert measured < 0.5 * -np.log(0.2) + 2.0 * -np.log(0.8)  # the best that one constant f can do
 
 
