@@ -34,8 +34,8 @@ def auroc_interval(positive, negative, confidence=0.95, n_draws=2000, seed=0):
     the areas. One score a prompt is expected. None where a side is empty. Source: Efron and Tibshirani (1993)."""
     if not len(positive) or not len(negative):
         return None
-    tail = (1 - confidence) / 2
-    return tuple(float(x) for x in np.quantile(bootstrap_areas(wins(positive, negative), n_draws, seed), [tail, 1 - tail]))
+    areas, tail = bootstrap_areas(wins(positive, negative), n_draws, seed), (1 - confidence) / 2
+    return tuple(float(x) for x in np.quantile(areas, [tail, 1 - tail]))
 
 
 def auroc_difference(positive, negative, others_positive, others_negative, confidence=0.95, n_draws=2000, seed=0):
