@@ -39,7 +39,7 @@ class TrainConfig:
     out: str = option("out", "folder to write")
     fresh: bool = option(False, "begin anew, though --out holds an unfinished run")
     # how long
-    steps: int = option(120, "optimizer steps")
+    steps: int = option(100, "optimizer steps")
     batch: int = option(24, "answers a step")
     micro_batch: int = option(8, "answers that go through the model at once; less memory, same result")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
