@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from cli import option, parse, read_jsonl, run
-from sample import NOTICE, SampleConfig, shade
+from answer import NOTICE
+from sample import SampleConfig, shade
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["train.py", "sample.py", "data/prepare.py", "data/smollm2.py"]
@@ -194,8 +195,8 @@ state = lambda: (torch.get_default_dtype(), torch.get_default_device(), torch.ge
                  torch.random.initial_seed(), torch.is_grad_enabled(), torch.backends.cuda.matmul.allow_tf32,
                  dict(os.environ), sys.argv, os.getcwd())
 before = state()
-import attacks, baselines, calibrate, checkpoint, cli, costs, eval, measures, model, objective, page, record, report, sample
-import tokenizer, train, data.prepare, data.smollm2
+import answer, attacks, baselines, calibrate, chat, checkpoint, cli, costs, eval, measures, model, objective, page
+import prompts, record, reflect, report, sample, tokenizer, train, words, data.prepare, data.smollm2
 assert state() == before
 assert not {{"transformers", "tokenizers", "peft", "gguf", "matplotlib", "scipy"}} & set(sys.modules), "a package that run time does not need"
 """

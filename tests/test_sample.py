@@ -7,7 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sample import NOTICE, generate, pick
+from answer import NOTICE
+from sample import generate
+from words import pick
 
 PROMPTS = ["hello the", "What is 2+2?", "日本 🙂", "a",
            "the hello hello the tiny thing, said slowly and twice over"]
