@@ -84,10 +84,12 @@ class Row:
     """An answer in the making, as the host knows it. Its methods give the Events of what happens to it; a reader has
     seen the text of no token but the first n_shown."""
 
-    def __init__(self, i, prompt, start, prefill, mode, s, tok, demos, context):
-        """start: ids of the prompt; prefill: of the answer's beginning; context: how many ids the model can read."""
+    def __init__(self, i, prompt, start, prefill, mode, s, tok, demos, shown, context):
+        """start: ids of the prompt; prefill: of the answer's beginning; shown: of the prompt with the demonstrations
+        in it, for reflections; context: how many ids the model can read."""
         self.i, self.prompt, self.mode, self.s, self.tok, self.demos = i, prompt, mode, s, tok, demos
-        self.ids, self.n_prompt, self.prefill, self.context = list(start), len(start), prefill, context
+        self.ids, self.n_prompt, self.start, self.shown = list(start), len(start), start, shown
+        self.prefill, self.ahead, self.context = prefill, prefill, context  # ahead: to be read together with ids
         self.threshold = s.threshold or 0.0                      # there is none in mode off
         self.low = self.threshold / 2 if s.low is None else s.low
         self.buffer = s.buffer if s.buffer is not None else BUFFER if mode == "backtrack" else 0
@@ -115,7 +117,8 @@ class Row:
         return min(self.n_max, self.context - self.n_prompt - n_flags)
 
     def most_ids(self):
-        return min(self.context, self.n_prompt + self.n_max + self.s.max_flags * (self.mode in BRANCHING))
+        n_more = self.s.max_flags if self.mode in BRANCHING else 0
+        return min(self.context, max(len(self.start), len(self.shown)) + self.n_max + n_more)
 
     def most_forced(self):
         opening = len(self.tok.encode("\n\n" + self.demos.opening)) if self.mode in BRANCHING else 0
@@ -123,7 +126,7 @@ class Row:
 
     def begin(self, f):
         """The prompt and the prefill have been read, f (a list) at each token of the latter."""
-        at, run = None, 0
+        at, run, self.ahead = None, 0, []
         if self.mode not in ("off", "shadow"):
             at, run = flag_place(f, self.threshold, self.s.debounce)
         for token, x in zip(self.prefill[:at], f):
@@ -250,26 +253,36 @@ class Row:
             t = onset(self.probs, t, self.low, self.s.debounce, max(self.first, self.n_shown))
             f = f if t == len(self.tokens) else self.probs[t]
             yield from self.take_back(t)
+        self.moved = True  # whatever the device has written further on is void
         queue = []
         if self.mode in BRANCHING:
             queue = [self.tok.flag_id, *self.tok.encode(("\n\n" if self.tokens else "") + self.demos.opening)]
-        self.go(queue, len(queue) + WINDOW)
-        if not queue or self.n_raised > self.s.max_flags or self.end_at() - t < len(queue):  # a word more must fit
+        room = min(self.n_max, self.context - len(self.shown) - len(self.flags) - 1) - t
+        if not queue or self.n_raised > self.s.max_flags or room < len(queue):  # a word behind the opening must fit
             self.probs.append(f)
             yield from self.end("flag")
         else:
             self.branch, self.said = t, t + len(queue) - 1
+            self.put_behind(self.shown)
+            self.go(queue, len(queue) + WINDOW)
 
     def reflected(self):
         """Decides about a reflection as soon as it can be; true where it was taken back, as a false alarm."""
         if self.demos.false_alarm in self.tok.decode(self.tokens[self.said:]).lower():
             yield from self.take_back(self.branch)
             self.branch = None
+            self.put_behind(self.shown if self.flags else self.start)
             self.go(self.prefill[len(self.tokens):], wait=True)
             return True
         if len(self.tokens) == self.said + WINDOW:
             self.branch, self.first = None, len(self.tokens)
         return False
+
+    def put_behind(self, start):
+        """Gives the answer another prompt: the demonstrations are there for a reflection, and for what follows one that
+        stays, but not before the first flag. They would move f away from what the threshold was calibrated on, and
+        make every prompt longer."""
+        self.ids, self.n_prompt = start + self.ids[self.n_prompt:], len(start)
 
     def take_back(self, n):
         """Drops the answer's tokens from place n on, none of which a reader has seen."""

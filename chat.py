@@ -5,7 +5,6 @@ import sys
 
 from answer import BRANCHING, MODES, Row
 from cli import say
-from model import Cache
 from reflect import read_demos
 from sample import Memory, Settings, show, write
 
@@ -20,7 +19,7 @@ class Conversation:
         self.settings = dataclasses.replace(settings, threshold=model.threshold if settings.threshold is None
                                             else settings.threshold)
         self.turns = []     # (the user's text, ids of the answer, with the flags that the model wrote)
-        self.memory = Memory(Cache(model, 1, model.config.max_position_embeddings), [])
+        self.memory = Memory(model, 1, model.config.max_position_embeddings)
 
     def set(self, **change):
         """Changes settings from the next turn on. Raises ValueError, and changes nothing, for one that will not do."""
@@ -49,10 +48,10 @@ class Conversation:
             raise ValueError("nothing was asked: wanted a question, or a command: " + COMMANDS)
         s, limit = self.settings, self.model.config.max_position_embeddings
         demos = read_demos(s.demos) if s.mode in BRANCHING else None
-        ids = self.ids(text, demos.text if demos else "")
+        ids, shown = self.ids(text, ""), self.ids(text, demos.text) if demos else []
         if len(ids) >= limit:
             raise ValueError(f"the chat has {len(ids)} tokens, and the model's context holds {limit}: /reset it")
-        row = Row(len(self.turns), text, ids, [], s.mode, s, self.tok, demos, limit)
+        row = Row(len(self.turns), text, ids, [], s.mode, s, self.tok, demos, shown, limit)
         return self.answer(row)
 
     def answer(self, row):

@@ -187,12 +187,12 @@ def stream(model, tok, prompts, cancel=(), **settings):
     demos = read_demos(s.demos) if modes & set(BRANCHING) else None
     rows, limit = [], model.config.max_position_embeddings
     for i, (prompt, messages, prefill, mode) in enumerate(checked):
-        operator = demos.text if (mode or s.mode) in BRANCHING else ""
-        start, prefill = tok.render(messages, operator=operator)[0], tok.encode(prefill)
+        start, prefill = tok.render(messages)[0], tok.encode(prefill)
+        shown = tok.render(messages, operator=demos.text)[0] if (mode or s.mode) in BRANCHING else []
         if len(start) + len(prefill) >= limit:
             raise ValueError(f"prompt {i + 1} has {len(start) + len(prefill)} tokens with its template and prefill, and "
                              f"the model's context holds {limit}: shorten it")
-        rows.append(Row(i, prompt, start, prefill, mode or s.mode, s, tok, demos, limit))
+        rows.append(Row(i, prompt, start, prefill, mode or s.mode, s, tok, demos, shown, limit))
     yield from write(model, tok, rows, s, cancel)
 
 
@@ -212,59 +212,66 @@ def generate(model, tok, prompts, mode="stop", max_new_tokens=256, temperature=0
             turn += 1
 
 
-@dataclass
 class Memory:
-    """The cache of a conversation, kept between its turns: for one row, which takes up what it shares with the last."""
-    cache: Cache
-    ids: list  # what has been read, and one id more
+    """A cache, and which ids are in each of its rows, so that nothing is read twice: a row that turns back is cropped,
+    and the next turn of a chat reads only what is new."""
 
-    def share(self, row):
-        """How many of a new row's ids are in the cache."""
-        n = len(os.path.commonprefix([self.ids[:-1], row.ids[:-1]]))
-        self.ids = row.ids  # the same list: it grows and shrinks with the row
+    def __init__(self, model, n, max_len):
+        self.cache = Cache(model, n, max_len)
+        self.ids = [[] for _ in range(n)]  # read, and one id more
+
+    def share(self, b, row):
+        """How many of the row's ids, not counting the last, are in row b of the cache; the rest of it is forgotten."""
+        n = len(os.path.commonprefix([self.ids[b][:-1], row.ids[:-1]]))
+        self.ids[b] = row.ids[:n + 1]
         return n
+
+    def keep(self, rows):
+        """Drop all rows but these (a list of ints)."""
+        self.ids = [self.ids[b] for b in rows]
+        self.cache.keep(rows)
 
 
 def write(model, tok, rows, s, cancel=(), memory=None):
     """Events of the rows' answers, `batch_size` of them side by side: whoever is done makes room for the next."""
-    waiting, slots = deque(rows), [None] * min(s.batch_size, len(rows))
     if not rows:
         return
-    device = model.embed_tokens.weight.device
-    cache = memory.cache if memory else Cache(model, len(slots), max(row.most_ids() for row in rows))
-    n_seen = model.config.vocab_size + model.n_flags if s.repetition_penalty != 1 else 0
-    batch = Batch(len(slots), max(row.most_forced() for row in rows), max(len(row.draws) for row in rows), n_seen,
-                  "cpu" if device.type == "mps" else device)  # mps knows no doubles
-    advance, sync_every = stepper(model, tok, s), s.sync_every or (16 if device.type == "cuda" else 1)
+    waiting, slots = deque(rows), [None] * min(s.batch_size, len(rows))
+    memory = memory or Memory(model, len(slots), max(row.most_ids() for row in rows))
+    batch = make_batch(model, rows, len(slots), s)
+    advance, sync_every = stepper(model, tok, s), s.sync_every or (16 if memory.cache.k.is_cuda else 1)
     while True:
-        new = [b for b, row in enumerate(slots) if row is None][:len(waiting)]
-        for b in new:
-            slots[b] = waiting.popleft()
+        slots = [waiting.popleft() if row is None and waiting else row for row in slots]
         for row in slots:
             if row and row.i in cancel:
                 yield from row.cancel()
-        new = [b for b in new if not slots[b].stop_reason]
-        for row, f in zip([slots[b] for b in new], prefill(model, cache, new, [slots[b] for b in new], memory)):
-            yield from told(row, row.begin(f), cancel)
-        alive = [b for b, row in enumerate(slots) if row and not row.stop_reason]
+        yield from read(model, memory, slots, cancel)
+        slots = [row if row and not row.stop_reason else None for row in slots]
+        alive = [b for b, row in enumerate(slots) if row]
         if len(alive) < len(slots) and waiting:
-            slots = [row if b in alive else None for b, row in enumerate(slots)]
             continue
         if not alive:
             return
         if len(alive) < len(slots):
             slots = [slots[b] for b in alive]
             batch.keep(alive)
-            cache.keep(alive)
+            memory.keep(alive)
         for b, row in enumerate(slots):
             if row.moved:
                 batch.put(b, row)
                 row.moved = False
-        cache.crop([len(row.ids) - 1 for row in slots])
-        for step in torch.stack([advance(cache, batch) for _ in range(sync_every)]).tolist():       # the one sync
-            for row, token, f, state in zip(slots, *step):
-                if not (row.stop_reason or row.moved):
-                    yield from told(row, row.step(int(token), f, int(state)), cancel)
+        memory.cache.crop([len(row.ids) - 1 for row in slots])
+        steps = torch.stack([advance(memory.cache, batch) for _ in range(sync_every)]).tolist()     # the one sync
+        for row, (token, f, state) in ((row, column) for step in steps for row, column in zip(slots, zip(*step))):
+            if not (row.stop_reason or row.moved):
+                yield from told(row, row.step(int(token), f, int(state)), cancel)
+
+
+def make_batch(model, rows, n, s):
+    device = model.embed_tokens.weight.device
+    n_seen = model.config.vocab_size + model.n_flags if s.repetition_penalty != 1 else 0
+    return Batch(n, max(row.most_forced() for row in rows), max(len(row.draws) for row in rows), n_seen,
+                 "cpu" if device.type == "mps" else device)  # mps knows no doubles
 
 
 def told(row, events, cancel):
@@ -276,18 +283,20 @@ def told(row, events, cancel):
             return
 
 
-def prefill(model, cache, slots, rows, memory):
-    """Reads the rows' prompts and prefills into these slots of the cache, all but the last id: that one is read by the
-    next step. Gives f at each token of the prefill, a list a row."""
-    if not rows:
-        return []
-    known = min(memory.share(rows[0]), rows[0].n_prompt - 1) if memory else 0
-    ids = [(row.ids + row.prefill)[known:-1] for row in rows]
-    if not any(ids):
-        return [[]] * len(rows)
-    hidden = model(pad(ids, cache.k.device), cache.part(slots, [known] * len(rows)))                # (B, T, C)
-    spans = [h[row.n_prompt - 1 - known:len(x)] for row, h, x in zip(rows, hidden, ids)]
-    return [flag_prob(*model.split_logits(h)).tolist() if len(h) else [] for h in spans]
+def read(model, memory, slots, cancel):
+    """Reads what the rows that are new or were sent elsewhere have to read, but for the last id: that one is read by the
+    next step. Gives the events of the prefills, where f is read at every token."""
+    todo = [(b, row) for b, row in enumerate(slots) if row and row.moved and not row.stop_reason]
+    known = [memory.share(b, row) if not row.ahead else min(memory.share(b, row), row.n_prompt - 1) for b, row in todo]
+    ids = [(row.ids + row.ahead)[n:-1] for (_, row), n in zip(todo, known)]
+    hidden = [[]] * len(todo)
+    if any(ids):
+        hidden = model(pad(ids, memory.cache.k.device), memory.cache.part([b for b, _ in todo], known))  # (B, T, C)
+    for (b, row), n, x, h in zip(todo, known, ids, hidden):
+        memory.ids[b] = row.ids  # the same list, which grows and shrinks with the row
+        if row.ahead:
+            h = h[row.n_prompt - 1 - n:len(x)]
+            yield from told(row, row.begin(flag_prob(*model.split_logits(h)).tolist()), cancel)
 
 
 def stepper(model, tok, s):
