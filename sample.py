@@ -286,17 +286,20 @@ def told(row, events, cancel):
 def read(model, memory, slots, cancel):
     """Reads what the rows that are new or were sent elsewhere have to read, but for the last id: that one is read by the
     next step. Gives the events of the prefills, where f is read at every token."""
-    todo = [(b, row) for b, row in enumerate(slots) if row and row.moved and not row.stop_reason]
-    known = [memory.share(b, row) if not row.ahead else min(memory.share(b, row), row.n_prompt - 1) for b, row in todo]
-    ids = [(row.ids + row.ahead)[n:-1] for (_, row), n in zip(todo, known)]
-    hidden = [[]] * len(todo)
-    if any(ids):
-        hidden = model(pad(ids, memory.cache.k.device), memory.cache.part([b for b, _ in todo], known))  # (B, T, C)
-    for (b, row), n, x, h in zip(todo, known, ids, hidden):
+    moved = [(b, row) for b, row in enumerate(slots) if row and row.moved and not row.stop_reason]
+    known = [min(memory.share(b, row), row.n_prompt - 1 if row.ahead else row.context) for b, row in moved]
+    todo = [(b, row, n) for (b, row), n in zip(moved, known) if n < len(row.ids + row.ahead) - 1]
+    ids, hidden, first = [], [], min((n for *_, n in todo), default=0)  # one beginning, so that they fit side by side
+    if todo:
+        ids = [(row.ids + row.ahead)[first:-1] for _, row, _ in todo]
+        part = memory.cache.part([b for b, *_ in todo], [first] * len(todo))
+        hidden = model(pad(ids, memory.cache.k.device), part)                                       # (B, T, C)
+    for b, row in moved:
         memory.ids[b] = row.ids  # the same list, which grows and shrinks with the row
+    for (_, row, _), x, h in zip(todo, ids, hidden):
         if row.ahead:
-            h = h[row.n_prompt - 1 - n:len(x)]
-            yield from told(row, row.begin(flag_prob(*model.split_logits(h)).tolist()), cancel)
+            words, flags = model.split_logits(h[row.n_prompt - 1 - first:len(x)])
+            yield from told(row, row.begin(flag_prob(words, flags).tolist()), cancel)
 
 
 def stepper(model, tok, s):
