@@ -90,6 +90,7 @@ class Row:
         self.i, self.prompt, self.mode, self.s, self.tok, self.demos = i, prompt, mode, s, tok, demos
         self.ids, self.n_prompt, self.start, self.shown = list(start), len(start), start, shown
         self.prefill, self.ahead, self.context = prefill, prefill, context  # ahead: to be read together with ids
+        self.unread = True                                       # the cache holds another prompt, or none
         self.threshold = s.threshold or 0.0                      # there is none in mode off
         self.low = self.threshold / 2 if s.low is None else s.low
         self.buffer = s.buffer if s.buffer is not None else BUFFER if mode == "backtrack" else 0
@@ -282,7 +283,7 @@ class Row:
         """Gives the answer another prompt: the demonstrations are there for a reflection, and for what follows one that
         stays, but not before the first flag. They would move f away from what the threshold was calibrated on, and
         make every prompt longer."""
-        self.ids, self.n_prompt = start + self.ids[self.n_prompt:], len(start)
+        self.ids, self.n_prompt, self.unread = start + self.ids[self.n_prompt:], len(start), True
 
     def take_back(self, n):
         """Drops the answer's tokens from place n on, none of which a reader has seen."""

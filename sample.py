@@ -248,8 +248,8 @@ def write(model, tok, rows, s, cancel=(), memory=None):
         yield from read(model, memory, slots, cancel)
         slots = [row if row and not row.stop_reason else None for row in slots]
         alive = [b for b, row in enumerate(slots) if row]
-        if len(alive) < len(slots) and waiting:
-            continue
+        if len(alive) < len(slots) and waiting or any(slots[b].unread for b in alive):
+            continue  # some have ended within their prefill, or turned off there
         if not alive:
             return
         if len(alive) < len(slots):
@@ -284,18 +284,18 @@ def told(row, events, cancel):
 
 
 def read(model, memory, slots, cancel):
-    """Reads what the rows that are new or were sent elsewhere have to read, but for the last id: that one is read by the
-    next step. Gives the events of the prefills, where f is read at every token."""
-    moved = [(b, row) for b, row in enumerate(slots) if row and row.moved and not row.stop_reason]
-    known = [min(memory.share(b, row), row.n_prompt - 1 if row.ahead else row.context) for b, row in moved]
-    todo = [(b, row, n) for (b, row), n in zip(moved, known) if n < len(row.ids + row.ahead) - 1]
+    """Reads what the rows with a prompt not yet read have to read, but for the last id: that one is read by the next
+    step. Gives the events of the prefills, where f is read at every token."""
+    unread = [(b, row) for b, row in enumerate(slots) if row and row.unread and not row.stop_reason]
+    known = [min(memory.share(b, row), row.n_prompt - 1 if row.ahead else row.context) for b, row in unread]
+    todo = [(b, row, n) for (b, row), n in zip(unread, known) if n < len(row.ids + row.ahead) - 1]
     ids, hidden, first = [], [], min((n for *_, n in todo), default=0)  # one beginning, so that they fit side by side
     if todo:
         ids = [(row.ids + row.ahead)[first:-1] for _, row, _ in todo]
         part = memory.cache.part([b for b, *_ in todo], [first] * len(todo))
         hidden = model(pad(ids, memory.cache.k.device), part)                                       # (B, T, C)
-    for b, row in moved:
-        memory.ids[b] = row.ids  # the same list, which grows and shrinks with the row
+    for b, row in unread:
+        memory.ids[b], row.unread = row.ids, False  # the same list, which grows and shrinks with the row
     for (_, row, _), x, h in zip(todo, ids, hidden):
         if row.ahead:
             words, flags = model.split_logits(h[row.n_prompt - 1 - first:len(x)])
