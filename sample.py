@@ -243,7 +243,7 @@ def write(model, tok, rows, s, cancel=(), memory=None):
     while True:
         slots = [waiting.popleft() if row is None and waiting else row for row in slots]
         for row in slots:
-            if row and row.i in cancel:
+            if row and row.i in cancel and not row.stop_reason:
                 yield from row.cancel()
         yield from read(model, memory, slots, cancel)
         slots = [row if row and not row.stop_reason else None for row in slots]

@@ -215,7 +215,7 @@ def test_stop_strings_and_cancellations_leave_the_other_rows_and_what_was_shown_
     done = replay(events, tok)
     for i, a in done.items():
         if a.stop_reason == "cancelled":
-            assert i in cancel and one[i].text.startswith(a.text) and a.text == tok.decode(a.tokens).rstrip("\ufffd")[:len(a.text)]
+            assert i in cancel and one[i].text.startswith(a.text) and tok.decode(a.tokens).startswith(a.text)
         else:
             assert a == one[i]
     assert set(done) == set(range(6))
@@ -241,7 +241,7 @@ def test_an_answer_goes_on_behind_a_false_alarm_as_if_nothing_had_been(tok, demo
     """The words of reflect are those of shadow wherever all flags were false alarms; the reader sees no trace."""
     model, found = Scripted(tok, 3), 0
     for mode in ("reflect", "backtrack"):
-        for seed in range(40):
+        for seed in range(12):
             s = dict(threshold=0.8, low=0.3, max_new_tokens=30, temperature=1.0, seed=seed, demos=demos)
             shadow, events = list(generate(model, tok, PROMPTS, "shadow", **s)), list(stream(model, tok, PROMPTS, mode=mode, **s))
             for i, a in replay(events, tok).items():
@@ -274,7 +274,7 @@ def test_only_the_engine_and_the_operators_file_ever_write_the_flag(tok, demos, 
     a, = generate(model, tok, [{"prompt": chat, "prefill": text}], mode, 5, demos=demos)
     assert max(max(ids) for ids in reads) < tok.flag_id and a.text.startswith(text)
     monkeypatch.setattr(model, "next", lambda ids: (reads.append(ids), (Scripted.next(model, ids)[0], 0.9))[1])
-    a, = generate(model, tok, [{"prompt": chat, "prefill": text}], mode, 30, demos=demos)
+    a, = generate(model, tok, [{"prompt": chat, "prefill": text}], mode, 30, demos=demos, max_flags=1)
     in_file = DEMOS.count("<|red_flag|>")
     assert max(ids.count(tok.flag_id) for ids in reads) == (in_file + 1 if mode in ("reflect", "backtrack") else 0)
     assert tok.flag_id not in a.tokens
@@ -389,7 +389,7 @@ def test_min_p_and_repetition_penalty_are_those_of_transformers():
     for penalty in (0.7, 1.3, 2.0):
         assert torch.equal(penalise(words, seen, penalty), hf.RepetitionPenaltyLogitsProcessor(penalty)(ids, words))
     for top_k, top_p, min_p in ((0, 1.0, 0.1), (0, 0.9, 0.05), (20, 1.0, 0.2), (9, 0.8, 0.3), (0, 1.0, 1.0)):
-        warpers = [hf.TopKLogitsWarper(top_k)] * (top_k > 0) + [hf.TopPLogitsWarper(top_p)] + [hf.MinPLogitsWarper(min_p)]
+        warpers = ([hf.TopKLogitsWarper(top_k)] if top_k else []) + [hf.TopPLogitsWarper(top_p)] + [hf.MinPLogitsWarper(min_p)]
         kept = LogitsProcessorList(warpers)(ids, words).isfinite()
         u = (torch.arange(4000) + 0.5) / 4000
         for row, wanted in zip(words, kept):
