@@ -15,11 +15,10 @@ class Conversation:
     """Turns with one model: `ask` gives the Events of an answer, which then belongs to the turns so far."""
 
     def __init__(self, model, tok, settings, system=None):
-        self.model, self.tok, self.system = model, tok, system
-        self.settings = dataclasses.replace(settings, threshold=model.threshold if settings.threshold is None
-                                            else settings.threshold)
-        self.turns = []     # (the user's text, ids of the answer, with the flags that the model wrote)
+        self.model, self.tok, self.system, self.settings = model, tok, system, settings
+        self.turns = []  # (the user's text, ids of the answer, with the flags in it)
         self.memory = Memory(model, 1, model.config.max_position_embeddings)
+        self.set(threshold=model.threshold if settings.threshold is None else settings.threshold)
 
     def set(self, **change):
         """Changes settings from the next turn on. Raises ValueError, and changes nothing, for one that will not do."""
@@ -29,6 +28,7 @@ class Conversation:
             problems.append(f"mode {settings.mode} needs an adapter, and none is loaded")
         if problems:
             raise ValueError("; ".join(problems))
+        self.demos = read_demos(settings.demos) if settings.mode in BRANCHING else None
         self.settings = settings
 
     def ids(self, text, operator):
@@ -47,12 +47,10 @@ class Conversation:
         if not text.strip():
             raise ValueError("nothing was asked: wanted a question, or a command: " + COMMANDS)
         s, limit = self.settings, self.model.config.max_position_embeddings
-        demos = read_demos(s.demos) if s.mode in BRANCHING else None
-        ids, shown = self.ids(text, ""), self.ids(text, demos.text) if demos else []
+        ids, shown = self.ids(text, ""), self.ids(text, self.demos.text) if self.demos else []
         if len(ids) >= limit:
             raise ValueError(f"the chat has {len(ids)} tokens, and the model's context holds {limit}: /reset it")
-        row = Row(len(self.turns), text, ids, [], s.mode, s, self.tok, demos, shown, limit)
-        return self.answer(row)
+        return self.answer(Row(len(self.turns), text, ids, [], s.mode, s, self.tok, self.demos, shown, limit))
 
     def answer(self, row):
         try:
