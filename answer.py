@@ -101,7 +101,7 @@ class Row:
         self.tokens, self.probs, self.pieces, self.piece = [], [], [], tok.stream()  # an entry a token of the answer
         self.flags = []                                          # places of the answer before which ids holds a flag
         self.text, self.n_shown = "", 0
-        self.branch, self.said = None, None                      # where an undecided reflection begins, and its own words
+        self.branch = self.said = None                           # where an undecided reflection begins; its own words
         self.first = 0                                           # where the last one that stayed was decided
         self.flag_at, self.score, self.n_raised, self.spent, self.stop_reason = None, None, 0, 0, None
         self.go(run=0)

@@ -1,12 +1,15 @@
-"""A chat of several turns in a terminal: `python sample.py --chat`. The cache is kept, so that a turn reads only what is
-new; /mode NAME, /threshold X, /reset and /quit; Ctrl-C ends the answer being written, Ctrl-D the chat."""
+"""A chat of several turns in a terminal: `python sample.py --chat`.
+
+The cache is kept, so that a turn reads only what is new. Ctrl-C ends the answer being written, Ctrl-D the chat.
+"""
 import dataclasses
 import sys
 
 from answer import BRANCHING, MODES, Row
 from cli import say
+from prompts import Settings
 from reflect import read_demos
-from sample import Memory, Settings, show, write
+from sample import Memory, show, write
 
 COMMANDS = "/mode NAME, /threshold X, /reset, /quit"
 

@@ -1,10 +1,65 @@
-"""What goes into `sample.stream` and `generate`, checked; and transcripts, which are only read."""
-from answer import Answer
+"""What goes into `sample.stream` and `generate`, checked: settings and prompts; and transcripts, only to be read."""
+import math
+from dataclasses import dataclass
+
+from answer import MODES, Answer
 from calibrate import flag_probs
 from cli import read_jsonl
 from measures import first_above
 from objective import Example
+from reflect import DEMOS
 from tokenizer import check_messages
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of `stream` and `generate`."""
+    mode: str = "stop"               # for prompts that bring none of their own
+    max_new_tokens: int = 256        # the prefill not counted, a reflection that stays counted
+    temperature: float = 0.0         # 0 is greedy
+    top_k: int = 0                   # 0 is off
+    top_p: float = 1.0               # 1 is off
+    min_p: float = 0.0               # least share of the likeliest word's probability; 0 is off
+    repetition_penalty: float = 1.0  # of words in prompt and answer; 1 is off
+    logit_bias: dict | None = None   # id -> number added to a word's logit; -inf bans it
+    stop: tuple | str = ()           # strings that end an answer, which stops short of them
+    seed: int = 0
+    threshold: float | None = None   # None: the adapter's
+    low: float | None = None         # of the onset, and of the end of a false alarm; None: half the threshold
+    debounce: int = 1
+    max_flags: int = 3               # reflections an answer; at the next flag it stops as in mode stop
+    buffer: int | None = None        # newest tokens held back from the reader; None: BUFFER in mode backtrack, else 0
+    demos: str = DEMOS
+    batch_size: int = 16
+    sync_every: int | None = None    # steps between two looks of the host; None: 16 on a GPU, else 1
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+
+    def problems(self, modes, threshold):
+        """What is wrong, a list; modes: of all prompts; threshold: the adapter's."""
+        threshold, problems = threshold if self.threshold is None else self.threshold, []
+        for mode in [self.mode, *modes]:
+            if mode not in MODES and not problems:
+                problems.append(f"mode is {mode!r}, wanted one of {', '.join(MODES)}")
+        if set(modes) - {"off"} and not problems and (threshold is None or not 0 <= threshold <= 1):  # NaN fails too
+            problems.append(f"threshold is {threshold}, wanted a probability from 0 to 1")
+        elif self.low is not None and not 0 <= self.low <= (threshold or 0):
+            problems.append(f"low is {self.low}, wanted a probability of at most the threshold")
+        least = {"max_new_tokens": 1, "batch_size": 1, "debounce": 1, "max_flags": 1, "buffer": 0, "sync_every": 1}
+        problems += [f"{name} is {getattr(self, name)}, wanted {low} or more" for name, low in least.items()
+                     if getattr(self, name) is not None and not getattr(self, name) >= low]
+        if not 0 <= self.temperature < math.inf:
+            problems.append(f"temperature is {self.temperature}, wanted 0 (greedy) or more")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            problems.append(f"top_k is {self.top_k} and top_p {self.top_p}, wanted top_k 0 (off) or more and top_p "
+                            "above 0, at most 1")
+        if not 0 <= self.min_p <= 1 or not 0 < self.repetition_penalty < math.inf:
+            problems.append(f"min_p is {self.min_p} and repetition_penalty {self.repetition_penalty}, wanted min_p "
+                            "from 0 (off) to 1 and repetition_penalty above 0 (1 is off)")
+        if not all(isinstance(x, str) and x for x in self.stop):
+            problems.append(f"stop is {self.stop}, wanted strings that are not empty")
+        return problems
 
 
 def check_prompt(prompt, where):

@@ -72,5 +72,5 @@ def check_answer(where, text, opening, alarm):
         raise ValueError(f"{where}: the answer spells {FLAG_TEXT} {text.count(FLAG_TEXT)} times, wanted once")
     behind = text.split(FLAG_TEXT)[1].lstrip()
     if not behind.startswith(opening):
-        raise ValueError(f"{where}: behind {FLAG_TEXT} comes {behind[:40]!r}, wanted the text of [opening], {opening!r}")
+        raise ValueError(f"{where}: behind {FLAG_TEXT} comes {behind[:40]!r}, wanted that of [opening], {opening!r}")
     return alarm in behind.lower()

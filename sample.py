@@ -15,8 +15,9 @@ distribution without the flag, so the flag itself never reaches a reader. Modes:
     shadow     the same words as off, and f for every token
     stop       where the flag is raised, give a fixed notice in place of the rest
     reflect    where it is raised, write the flag and the opening of a reflection for the model, and let it go on. Either
-               it calls the flag a false alarm: then the reflection is taken back unseen, and the answer goes on from
-               there. Or a safe answer follows. Dialogues in the system message (reflect.txt) show it both.
+               it calls the flag a false alarm: the reflection is taken back unseen, and the answer goes on from there.
+               Or a safe answer follows. Dialogues that show it both (reflect.txt) stand in the system message from the
+               first flag on; until then words and f are those of shadow.
     backtrack  the same, but from the onset, where f began to rise; the newest tokens are held back so that nobody sees
                what is taken back
 
@@ -45,62 +46,10 @@ from cli import option, parse, run
 from model import Cache, Llama
 from objective import flag_prob, pad
 from page import write_page
-from prompts import check_prompt, read_prompts, read_transcripts
+from prompts import Settings, check_prompt, read_prompts, read_transcripts
 from reflect import DEMOS, read_demos
 from tokenizer import Tokenizer
 from words import choose
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Of `stream` and `generate`."""
-    mode: str = "stop"               # for prompts that bring none of their own
-    max_new_tokens: int = 256        # the prefill not counted, a reflection that stays counted
-    temperature: float = 0.0         # 0 is greedy
-    top_k: int = 0                   # 0 is off
-    top_p: float = 1.0               # 1 is off
-    min_p: float = 0.0               # least share of the likeliest word's probability; 0 is off
-    repetition_penalty: float = 1.0  # of words in prompt and answer; 1 is off
-    logit_bias: dict | None = None   # id -> number added to a word's logit; -inf bans it
-    stop: tuple | str = ()           # strings that end an answer, which stops short of them
-    seed: int = 0
-    threshold: float | None = None   # None: the adapter's
-    low: float | None = None         # of the onset, and of the end of a false alarm; None: half the threshold
-    debounce: int = 1
-    max_flags: int = 3               # reflections an answer; at the next flag it stops as in mode stop
-    buffer: int | None = None        # newest tokens held back from the reader; None: BUFFER in mode backtrack, else 0
-    demos: str = DEMOS
-    batch_size: int = 16
-    sync_every: int | None = None    # steps between two looks of the host; None: 16 on a GPU, else 1
-
-    def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-
-    def problems(self, modes, threshold):
-        """What is wrong, a list; modes: of all prompts; threshold: the adapter's."""
-        threshold, problems = threshold if self.threshold is None else self.threshold, []
-        for mode in dict.fromkeys(modes):
-            if mode not in MODES:
-                problems.append(f"mode is {mode!r}, wanted one of {', '.join(MODES)}")
-        if set(modes) != {"off"} and not problems and (threshold is None or not 0 <= threshold <= 1):  # NaN fails too
-            problems.append(f"threshold is {threshold}, wanted a probability from 0 to 1")
-        elif self.low is not None and not 0 <= self.low <= (threshold or 0):
-            problems.append(f"low is {self.low}, wanted a probability of at most the threshold")
-        least = {"max_new_tokens": 1, "batch_size": 1, "debounce": 1, "max_flags": 1, "buffer": 0, "sync_every": 1}
-        wrong = [f"{name} is {getattr(self, name)}, wanted {low} or more" for name, low in least.items()
-                 if getattr(self, name) is not None and not getattr(self, name) >= low]
-        problems += wrong
-        if not 0 <= self.temperature < math.inf:
-            problems.append(f"temperature is {self.temperature}, wanted 0 (greedy) or more")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            problems.append(f"top_k is {self.top_k} and top_p {self.top_p}, wanted top_k 0 (off) or more and top_p "
-                            "above 0, at most 1")
-        if not 0 <= self.min_p <= 1 or not 0 < self.repetition_penalty < math.inf:
-            problems.append(f"min_p is {self.min_p} and repetition_penalty {self.repetition_penalty}, wanted min_p from "
-                            "0 (off) to 1 and repetition_penalty above 0 (1 is off)")
-        if not all(isinstance(x, str) and x for x in self.stop):
-            problems.append(f"stop is {self.stop}, wanted strings that are not empty")
-        return problems
 
 
 # ------------------------------------------------------------------------------------------- on the device
@@ -122,8 +71,8 @@ class Batch:
     def put(self, b, row):
         """Row b goes on as the host's Row says: a new one, or one that was sent elsewhere."""
         values = {"state": NORMAL, "token": row.ids[-1], "at": row.place(), "end": row.end_at(), "fed": 0,
-                  "n_queue": len(row.queue), "judged": row.mode not in ("off", "shadow"), "wait": row.wait, "run": row.run,
-                  "quiet": row.quiet, "threshold": row.threshold, "low": row.low}
+                  "n_queue": len(row.queue), "judged": row.mode not in ("off", "shadow"), "wait": row.wait,
+                  "run": row.run, "quiet": row.quiet, "threshold": row.threshold, "low": row.low}
         for name, value in values.items():
             getattr(self, name)[b] = value
         self.queue[b, :len(row.queue)] = torch.tensor(row.queue, dtype=torch.long)
@@ -166,21 +115,22 @@ class Batch:
 def stream(model, tok, prompts, cancel=(), **settings):
     """Yields the Events of the answers to all prompts, as they happen; settings: see Settings.
 
-    A prompt is a string, a list of chat messages, or a record {"prompt": either, "prefill": text, "mode": one of MODES}.
-    An answer's words depend on `seed` and its place in `prompts`, not on its batch (in fp32; bf16 sums round differently
+    A prompt is a string, a list of chat messages, or a record {"prompt": either, "prefill": text, "mode": its own}. An
+    answer's words depend on `seed` and its place in `prompts`, not on its batch (in fp32; bf16 sums round differently
     for other shapes, which may tip a near tie). Put a prompt's place into the set `cancel`, between any two events, and
     its answer ends there; close the generator and all do.
     Raises ValueError, before any work, for a bad setting, an empty prompt, or one longer than the model's context.
     """
     s, prompts = Settings(**settings), list(prompts)
     checked = [check_prompt(p, f"prompt {i + 1}") for i, p in enumerate(prompts)]
-    modes = {mode or s.mode for *_, mode in checked} | ({s.mode} if s.mode not in MODES or not prompts else set())
+    modes = {mode or s.mode for *_, mode in checked}
     problems = s.problems(modes, model.threshold)
     known = model.config.vocab_size + model.n_flags
     problems += [f"logit_bias has {token}: {value}, wanted an id below {known} and a number or -inf"
                  for token, value in (s.logit_bias or {}).items() if not 0 <= token < known or not value < math.inf]
     if modes - {"off"} and not model.n_flags:
-        problems.append(f"mode {s.mode} needs a flag: load an adapter first (model.load_flag), or take mode off")
+        problems.append(f"mode {min(modes - {'off'}, key=str)} needs a flag: load an adapter first (model.load_flag), "
+                        "or take mode off")
     if problems:
         raise ValueError("; ".join(problems))
     s = dataclasses.replace(s, threshold=model.threshold if s.threshold is None else s.threshold)
@@ -190,8 +140,8 @@ def stream(model, tok, prompts, cancel=(), **settings):
         start, prefill = tok.render(messages)[0], tok.encode(prefill)
         shown = tok.render(messages, operator=demos.text)[0] if (mode or s.mode) in BRANCHING else []
         if len(start) + len(prefill) >= limit:
-            raise ValueError(f"prompt {i + 1} has {len(start) + len(prefill)} tokens with its template and prefill, and "
-                             f"the model's context holds {limit}: shorten it")
+            raise ValueError(f"prompt {i + 1} has {len(start) + len(prefill)} tokens with its template and prefill, "
+                             f"and the model's context holds {limit}: shorten it")
         rows.append(Row(i, prompt, start, prefill, mode or s.mode, s, tok, demos, shown, limit))
     yield from write(model, tok, rows, s, cancel)
 
@@ -361,7 +311,7 @@ class SampleConfig:
 
     def problems(self):
         problems = Settings(**self.settings()).problems([self.mode], 0.5 if self.low is None else 1.0)
-        if sum(bool(x is not None and x is not False) for x in (self.prompt, self.prompts, self.transcript, self.chat)) != 1:
+        if sum(x is not None for x in (self.prompt, self.prompts, self.transcript, self.chat or None)) != 1:
             problems.append("wanted one of --prompt TEXT, --prompts FILE.jsonl, --transcript FILE.jsonl and --chat")
         if self.prompt is None and self.prefill:
             problems.append("--prefill goes with --prompt; in a file each record has its own")

@@ -10,8 +10,7 @@ import chat
 import sample
 from answer import NOTICE
 from chat import Conversation
-from sample import Settings
-from test_cli import adapter, script  # noqa: F401
+from prompts import Settings
 from test_engine import DEMOS, Scripted
 
 
@@ -55,7 +54,8 @@ def test_with_the_kept_cache_answers_are_those_without(tok, flagged, demos, mode
 def test_the_conversation_is_rendered_as_a_chat_of_messages_is(tok):
     talk = Conversation(Scripted(tok), tok, Settings(mode="off"), system="Be brief")
     talk.turns = [("a", tok.encode("hello")), ("b", tok.encode("the 🙂"))]
-    said = [("system", "Be brief"), ("user", "a"), ("assistant", "hello"), ("user", "b"), ("assistant", "the 🙂"), ("user", "c")]
+    said = [("system", "Be brief"), ("user", "a"), ("assistant", "hello"), ("user", "b"), ("assistant", "the 🙂"),
+            ("user", "c")]
     assert talk.ids("c", "") == tok.render([{"role": r, "content": t} for r, t in said])[0]
 
 
@@ -93,7 +93,7 @@ def test_a_full_context_and_an_empty_line_are_errors_that_end_nothing(tok):
 
 
 @pytest.fixture
-def lines(script, tiny, adapter, monkeypatch):  # noqa: F811
+def lines(script, tiny, adapter, monkeypatch):
     def call(*said, more=()):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in said)))
         return script("sample.py", "--weights", tiny, "--adapter", adapter, "--max-new-tokens", 5, "--chat", *more)
@@ -107,8 +107,9 @@ def test_a_chat_through_a_pipe_is_answers_on_stdout_and_notes_on_stderr(lines, t
 
 
 @pytest.mark.parametrize("line, wanted", [
-    ("", "nothing was asked"), ("/mode loud", "'loud', wanted one of"), ("/threshold 2", "0 to 1"), ("/threshold x", "'x'"),
-    ("/threshold nan", "0 to 1"), ("/wat", "/wat: wanted one of"), ("/mode", "wanted one of"), ("/ mode", "wanted one of"),
+    ("", "nothing was asked"), ("/mode loud", "'loud', wanted one of"), ("/threshold 2", "0 to 1"),
+    ("/threshold x", "'x'"), ("/threshold nan", "0 to 1"), ("/wat", "/wat: wanted one of"), ("/mode", "wanted one of"),
+    ("/ mode", "wanted one of"),
     ("x" * 300, "holds 256")])
 def test_a_bad_line_is_one_line_on_stderr_and_the_chat_goes_on(lines, line, wanted):
     code, out, err = lines(line, "/threshold 1", "hello", "/quit", "never read")
@@ -117,8 +118,8 @@ def test_a_bad_line_is_one_line_on_stderr_and_the_chat_goes_on(lines, line, want
 
 
 @pytest.mark.parametrize("argv, wanted", [
-    (["--prompt", "a"], "wanted one of --prompt"), (["--json"], "--chat"), (["--demos", "nowhere", "--mode", "reflect"], "nowhere"),
-    (["--max-flags", 0], "max_flags is 0")])
+    (["--prompt", "a"], "wanted one of --prompt"), (["--json"], "--chat"),
+    (["--demos", "nowhere", "--mode", "reflect"], "nowhere"), (["--max-flags", 0], "max_flags is 0")])
 def test_settings_of_a_chat_that_will_not_do_end_it_at_once(lines, argv, wanted):
     code, out, err = lines("hello", more=argv)
     assert (code, out) == (2, "") and err.startswith("error") and wanted in err and err.count("\n") == 1
@@ -141,8 +142,9 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_chat(tok, monkeypatch, capsys):
     assert "cancelled" in err and out.count("\n") == 2
 
 
-def test_events_on_the_command_line_give_the_answer(script, tiny, adapter):  # noqa: F811
-    argv = ["sample.py", "--weights", tiny, "--adapter", adapter, "--max-new-tokens", 5, "--prompt", "hello", "--mode", "shadow"]
+def test_events_on_the_command_line_give_the_answer(script, tiny, adapter):
+    argv = ["sample.py", "--weights", tiny, "--adapter", adapter, "--max-new-tokens", 5, "--prompt", "hello", "--mode",
+            "shadow"]
     answer_, events = (script(*argv, flag)[1] for flag in ("--json", "--events"))
     events = [json.loads(line) for line in events.splitlines()]
     assert events[-1]["answer"] == json.loads(answer_)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cli import option, parse, read_jsonl, run
 from answer import NOTICE
+from cli import option, parse, read_jsonl, run
 from sample import SampleConfig, shade
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,36 +135,6 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
 
 
 # -------------------------------------------------------------------------------------- the scripts
-
-@pytest.fixture(scope="module")
-def adapter(tiny, tmp_path_factory):
-    """Folder of a saved adapter whose flag row shows: f lies between 0 and 1 and above 0.001 somewhere."""
-    from model import Llama
-    model = Llama.from_pretrained(tiny, dtype=torch.float32, device="cpu")
-    model.add_flag(n_flags=1, rank=4, alpha=8, seed=1)
-    with torch.no_grad():
-        for p in model.flag_parameters().values():
-            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
-    model.threshold = 0.9
-    folder = tmp_path_factory.mktemp("adapter")
-    model.save_flag(folder)
-    return folder
-
-
-@pytest.fixture
-def script(monkeypatch, capsys):
-    """Runs a script as __main__ in this process: (exit code, stdout, stderr). Nothing is fetched."""
-    def call(file, *argv):
-        monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("a subprocess was started"))
-        monkeypatch.setattr(sys, "argv", [file, *map(str, argv)])
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / file), run_name="__main__")
-        except SystemExit as e:
-            code = e.code or 0
-        return code, *capsys.readouterr()
-    return call
-
 
 @pytest.fixture
 def sample(script, tiny, adapter):

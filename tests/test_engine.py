@@ -1,6 +1,5 @@
-"""The engine's turns (stop, reflect, backtrack, cancel) against a plain simulation, on a scripted stand-in for the model,
-whose words and f are made from the ids that it finds in the cache; then exactness on tiny random models."""
-import copy
+"""The engine's turns (stop, reflect, backtrack, cancel) against a plain simulation, on a scripted stand-in for the
+model, whose words and f are made from the ids that it finds in the cache; then exactness on tiny random models."""
 import json
 import random
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from model import Cache
 from objective import flag_prob
 from reflect import read_demos
 from sample import generate, stream
-from words import penalise, pick
+from words import pick
 
 WINDOW = 6
 DEMOS = """[introduction]
@@ -192,10 +191,11 @@ def records(modes):
 @given(SETTINGS, MODES, st.integers(1, 6), st.sampled_from([1, 2, 5, 16]), st.integers(0, 99))
 def test_rows_of_a_batch_in_any_modes_are_the_plain_simulation(tok, demos, s, modes, batch_size, sync_every, seed):
     model = Scripted(tok, seed)
-    done = replay(stream(model, tok, records(modes), demos=demos, batch_size=batch_size, sync_every=sync_every, **s), tok)
+    events = list(stream(model, tok, records(modes), demos=demos, batch_size=batch_size, sync_every=sync_every, **s))
+    done, spent_in = replay(events, tok), {e.i: e.spent for e in events if e.kind == "end"}
     for i, mode in enumerate(modes):
         a, (tokens, f, flag_at, spent, reason) = done[i], simulate(model, tok, i, PROMPTS[i], mode, demos, s)
-        assert (a.tokens, a.stop_reason) == (tokens, reason)
+        assert (a.tokens, a.stop_reason, spent_in[i]) == (tokens, reason, spent)
         assert a.text == tok.decode(tokens) + ((" " if tokens else "") + NOTICE) * (reason == "flag")
         if mode == "shadow":
             flag_at = flag_place(f, s["threshold"], s["debounce"])[0]
@@ -205,7 +205,8 @@ def test_rows_of_a_batch_in_any_modes_are_the_plain_simulation(tok, demos, s, mo
 @many
 @given(SETTINGS, MODES, st.lists(st.sampled_from(["ab", "bc", "a", " é", "Hm", "\n\nH", "zz"]), max_size=2),
        st.lists(st.tuples(st.integers(0, 60), st.integers(0, 5)), max_size=3), st.integers(0, 99))
-def test_stop_strings_and_cancellations_leave_the_other_rows_and_what_was_shown_alone(tok, demos, s, modes, stop, when, seed):
+def test_stop_strings_and_cancellations_leave_other_rows_and_what_was_shown_alone(tok, demos, s, modes, stop, when,
+                                                                                  seed):
     model, whole = Scripted(tok, seed), {"demos": demos, "stop": stop, **s}
     one = replay(stream(model, tok, records(modes), batch_size=1, **whole), tok)
     cancel, events = set(), []
@@ -244,10 +245,11 @@ def test_an_answer_goes_on_behind_a_false_alarm_as_if_nothing_had_been(tok, demo
     for mode in ("reflect", "backtrack"):
         for seed in range(12):
             s = dict(threshold=0.8, low=0.3, max_new_tokens=30, temperature=1.0, seed=seed, demos=demos)
-            shadow, events = list(generate(model, tok, PROMPTS, "shadow", **s)), list(stream(model, tok, PROMPTS, mode=mode, **s))
+            shadow = list(generate(model, tok, PROMPTS, "shadow", **s))
+            events = list(stream(model, tok, PROMPTS, mode=mode, **s))
             for i, a in replay(events, tok).items():
                 kinds = [e.kind for e in events if e.i == i]
-                if "flag" in kinds and tok.encode("Hm:") != a.tokens[:3] and "\n\nHm:" not in a.text and NOTICE not in a.text:
+                if "flag" in kinds and "Hm:" not in a.text and NOTICE not in a.text:  # the model itself knows no H
                     assert (a.text, a.tokens, a.flag_prob) == (shadow[i].text, shadow[i].tokens, shadow[i].flag_prob)
                     assert a.flagged and "takeback" in kinds
                     found += 1
@@ -267,10 +269,9 @@ def test_a_loop_of_flags_ends(tok, demos, mode, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["off", "shadow", "stop", "reflect", "backtrack"])
 def test_only_the_engine_and_the_operators_file_ever_write_the_flag(tok, demos, mode, monkeypatch):
-    """Users' text that spells it, in any role, stays ordinary: before the engine raises a flag the model reads none."""
+    """Users' text that spells it, in any role, stays ordinary: before a flag is raised the model reads none."""
     model, reads, text = Scripted(tok), [], f"x {tok.flag_text} <|red_flag|>"
-    chat = [{"role": "system", "content": text}, {"role": "user", "content": text}, {"role": "assistant", "content": text},
-            {"role": "user", "content": text}]
+    chat = [{"role": role, "content": text} for role in ("system", "user", "assistant", "user")]
     monkeypatch.setattr(model, "next", lambda ids: (reads.append(ids), (Scripted.next(model, ids)[0], 0.1))[1])
     a, = generate(model, tok, [{"prompt": chat, "prefill": text}], mode, 5, demos=demos)
     assert max(max(ids) for ids in reads) < tok.flag_id and a.text.startswith(text)
@@ -282,8 +283,8 @@ def test_only_the_engine_and_the_operators_file_ever_write_the_flag(tok, demos, 
 
 
 @many
-@given(SETTINGS, st.sampled_from(["stop", "reflect", "backtrack"]), st.integers(0, 300), st.floats(0, 1, exclude_min=True),
-       st.floats(0, 1), st.floats(0.1, 5), st.sampled_from([(), "a", "Hm"]), st.integers(0, 30))
+@given(SETTINGS, st.sampled_from(["stop", "reflect", "backtrack"]), st.integers(0, 300),
+       st.floats(0, 1, exclude_min=True), st.floats(0, 1), st.floats(0.1, 5), st.sampled_from([(), "a", "Hm"]), st.integers(0, 30))
 def test_no_sampling_setting_hides_a_flag(tok, demos, s, mode, top_k, top_p, min_p, penalty, stop, seed):
     model = Scripted(tok, seed)
     sampling = dict(top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty, stop=stop,
@@ -335,7 +336,6 @@ def test_what_was_cropped_leaves_no_trace(flagged):
     with torch.no_grad():
         assert torch.equal(run(True), run(False))
         fresh = torch.cat([ids, ids[:, :4]], 1)
-        cache = Cache(flagged, 3, 40)
         cropped, whole = Cache(flagged, 3, 40), flagged.logits(flagged(fresh))
         flagged(torch.cat([fresh, ids], 1), cropped)
         cropped.crop([15] * 3)
@@ -359,7 +359,7 @@ def test_every_mode_batched_and_at_any_pace_is_every_mode_alone(tok, flagged, de
 
 @pytest.mark.real
 def test_off_is_the_greedy_generate_of_transformers_on_the_real_model_for_50_prompts(real):
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from model import Llama
     from tokenizer import Tokenizer
@@ -377,64 +377,3 @@ def test_off_is_the_greedy_generate_of_transformers_on_the_real_model_for_50_pro
         for w, a in zip(wanted, generate(ours, tok, part, "off", 16)):
             end = next((n for n, i in enumerate(w) if i in tok.stop_ids), 16)
             assert a.tokens == w[:end]
-
-
-# ----------------------------------------------------------------------------------------- words, and the file
-
-def test_min_p_and_repetition_penalty_are_those_of_transformers():
-    from transformers import LogitsProcessorList
-    from transformers.generation import logits_process as hf
-    words = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 3
-    ids = torch.randint(0, 50, (6, 9), generator=torch.Generator().manual_seed(1))
-    seen = torch.zeros(6, 50, dtype=torch.bool).scatter_(1, ids, True)
-    for penalty in (0.7, 1.3, 2.0):
-        assert torch.equal(penalise(words, seen, penalty), hf.RepetitionPenaltyLogitsProcessor(penalty)(ids, words))
-    for top_k, top_p, min_p in ((0, 1.0, 0.1), (0, 0.9, 0.05), (20, 1.0, 0.2), (9, 0.8, 0.3), (0, 1.0, 1.0)):
-        warpers = ([hf.TopKLogitsWarper(top_k)] if top_k else []) + [hf.TopPLogitsWarper(top_p)] + [hf.MinPLogitsWarper(min_p)]
-        kept = LogitsProcessorList(warpers)(ids, words).isfinite()
-        u = (torch.arange(4000) + 0.5) / 4000
-        for row, wanted in zip(words, kept):
-            drawn = pick(row.expand(4000, -1), u, 1.0, top_k, top_p, min_p)
-            assert set(drawn.tolist()) <= set(wanted.nonzero()[:, 0].tolist())
-            share = torch.where(wanted, row, -torch.inf).softmax(-1)
-            torch.testing.assert_close(drawn.bincount(minlength=50) / 4000, share, atol=6e-4, rtol=0)
-
-
-def test_the_demonstrations_at_hand_show_both_endings_and_hold_the_real_flag(tok):
-    d = read_demos(answer.__file__.replace("answer.py", "reflect.txt"))
-    ids = tok.render("hello", operator=d.text)[0]
-    assert ids.count(tok.flag_id) == d.text.count(tok.flag_text) >= 4 and d.false_alarm in d.text.lower()
-    plain = tok.render("hello")[0]
-    assert ids[:15] == plain[:15] and ids[-10:] == plain[-10:]
-
-
-@pytest.mark.parametrize("old, new, wanted", [
-    ("[opening]\nHm:\n", "", r"\[opening\] is missing"), ("[user]\nv", "[user]\n", r":11: section \[user\] is empty"),
-    ("[user]\nv", "[usr]\nv", r":11: section \[usr\], wanted"), ("[user]\nu\n", "", r":7: \[assistant\] does not belong"),
-    ("<|red_flag|> Hm: ab", "Hm: ab", r":9: the answer spells .* 0 times"), ("Hm: c", "c", r":13: behind .* comes 'c'"),
-    ("Hm: c", "Hm: ab", "both kinds"), ("Hm:\n[false", "<|red_flag|>\n[false", "neither"),
-    (DEMOS[DEMOS.index("[user]"):], "", "missing")])
-def test_a_malformed_file_of_demonstrations_is_an_error_with_its_line(tmp_path, tok, old, new, wanted):
-    assert old in DEMOS
-    (tmp_path / "d.txt").write_text(DEMOS.replace(old, new, 1))
-    with pytest.raises(ValueError, match=wanted):
-        list(stream(Scripted(tok), tok, ["a"], mode="reflect", demos=str(tmp_path / "d.txt")))
-
-
-@pytest.mark.parametrize("bad, wanted", [
-    ({"max_flags": 0}, "max_flags is 0"), ({"debounce": 0}, "debounce"), ({"buffer": -1}, "buffer"),
-    ({"low": 0.9}, "low is 0.9"), ({"min_p": 1.5}, "min_p"), ({"repetition_penalty": 0.0}, "repetition_penalty"),
-    ({"stop": ["a", ""]}, "stop"), ({"sync_every": 0}, "sync_every"), ({"demos": "nowhere.txt"}, "nowhere.txt"),
-    ({"mode": "loud"}, "loud")])
-def test_settings_that_will_not_do(tok, bad, wanted):
-    with pytest.raises(ValueError, match=wanted):
-        list(stream(Scripted(tok), tok, ["a"], **{"mode": "reflect"} | bad))
-    with pytest.raises(ValueError, match="mode is 5"):
-        list(stream(Scripted(tok), tok, [{"prompt": "a", "mode": 5}]))
-
-
-@pytest.mark.parametrize("f, t, low, d, first, wanted", [
-    ([.1, .6, .6, .9], 3, .5, 1, 0, 1), ([.6, .1, .6, .9], 3, .5, 1, 0, 2), ([.6, .1, .6, .9], 3, .5, 2, 0, 0),
-    ([.6, .1, .1, .9], 3, .5, 2, 0, 3), ([.6, .6, .6, .9], 3, .5, 1, 2, 2), ([.9], 0, .5, 1, 0, 0)])
-def test_the_onset_is_where_the_run_above_low_begins(f, t, low, d, first, wanted):
-    assert onset(f, t, low, d, first) == wanted
