@@ -77,7 +77,7 @@ def chat(config, model, tok):
         try:
             line = input("> " if terminal else "")
         except EOFError:
-            return
+            return print() if terminal else None
         except KeyboardInterrupt:
             if not terminal:
                 raise
