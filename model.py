@@ -229,7 +229,8 @@ class Cache:
 
     A batch of ragged prompts is padded on the *right*, and cropped to its true lengths afterwards: what the padding
     wrote lies beyond a row's length, is never looked at, and is overwritten as the row goes on. So cropping leaves a
-    row bit for bit as if it had never read what was cut off.
+    row bit for bit as if it had never read what was cut off. (To read the same tokens in one go, or one by one, sums
+    them up in another order: equal but for rounding.)
     """
 
     def __init__(self, model, n_rows, max_len):

@@ -74,9 +74,12 @@ def check_prompt(prompt, where):
     prefill = record.get("prefill") or ""
     if not isinstance(prefill, str):
         raise ValueError(f"{where}: the prefill is {prefill!r}, wanted text")
+    mode = record.get("mode")
+    if mode is not None and mode not in MODES:
+        raise ValueError(f"{where}: mode is {mode!r}, wanted one of {', '.join(MODES)}")
     if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise ValueError(f"{where} is empty: wanted a question, or a chat that ends with the user's message")
-    return record["prompt"], messages, prefill, record.get("mode")
+    return record["prompt"], messages, prefill, mode
 
 
 def read_prompts(config):

@@ -189,7 +189,7 @@ def write(model, tok, rows, s, cancel=(), memory=None):
     waiting, slots = deque(rows), [None] * min(s.batch_size, len(rows))
     memory = memory or Memory(model, len(slots), max(row.most_ids() for row in rows))
     batch = make_batch(model, rows, len(slots), s)
-    advance, sync_every = stepper(model, tok, s), s.sync_every or (16 if memory.cache.k.is_cuda else 1)
+    advance, sync_every = stepper(model, tok, s, batch), s.sync_every or (16 if memory.cache.k.is_cuda else 1)
     while True:
         slots = [waiting.popleft() if row is None and waiting else row for row in slots]
         for row in slots:
@@ -211,10 +211,11 @@ def write(model, tok, rows, s, cancel=(), memory=None):
                 batch.put(b, row)
                 row.moved = False
         memory.cache.crop([len(row.ids) - 1 for row in slots])
-        steps = torch.stack([advance(memory.cache, batch) for _ in range(sync_every)]).tolist()     # the one sync
-        for row, (token, f, state) in ((row, column) for step in steps for row, column in zip(slots, zip(*step))):
-            if not (row.stop_reason or row.moved):
-                yield from told(row, row.step(int(token), f, int(state)), cancel)
+        steps = torch.stack([advance(memory.cache) for _ in range(sync_every)])              # (steps, 3, B)
+        for step in steps.tolist():  # the one sync
+            for row, token, f, state in zip(slots, *step):
+                if not (row.stop_reason or row.moved):
+                    yield from told(row, row.step(int(token), f, int(state)), cancel)
 
 
 def make_batch(model, rows, n, s):
@@ -252,20 +253,20 @@ def read(model, memory, slots, cancel):
             yield from told(row, row.begin(flag_prob(words, flags).tolist()), cancel)
 
 
-def stepper(model, tok, s):
-    """A function (cache, batch) -> what Batch.step gives: reads each row's last token and chooses the next one."""
-    device, V = model.embed_tokens.weight.device, model.config.vocab_size
-    stops, bias = torch.tensor(tok.stop_ids, dtype=torch.long), None
+def stepper(model, tok, s, batch):
+    """A function cache -> what Batch.step gives: reads each row's last token and chooses the next one."""
+    device, home, V = model.embed_tokens.weight.device, batch.state.device, model.config.vocab_size
+    stops, bias = torch.tensor(tok.stop_ids, dtype=torch.long, device=home), None
     if s.logit_bias:
         bias = torch.zeros(V + model.n_flags)
         bias[list(s.logit_bias)] = torch.tensor(list(s.logit_bias.values()), dtype=torch.float32)
         bias = bias[:V].to(device)  # a flag's logit is out of reach: it is never drawn, and f is read by then
 
-    def advance(cache, batch):
+    def advance(cache):
         hidden = model(batch.token[:, None].to(device), cache)[:, -1]                               # (B, C)
         words, flags = model.split_logits(hidden)                                                   # (B, V), (B, F)
-        draw = lambda u: choose(words, batch.seen[:, :V].to(device), u.to(device), bias, s).to(batch.token.device)
-        done = batch.step(flag_prob(words, flags), draw, stops.to(batch.token.device), s.debounce)  # (3, B)
+        draw = lambda u: choose(words, batch.seen[:, :V].to(device), u.to(device), bias, s).to(home)
+        done = batch.step(flag_prob(words, flags), draw, stops, s.debounce)                         # (3, B)
         cache.back((batch.state >= FLAGGED).to(device))
         return done
     return advance
@@ -317,10 +318,10 @@ class SampleConfig:
             problems.append("--prefill goes with --prompt; in a file each record has its own")
         if self.mode == "off" and (self.html or self.transcript):
             problems.append("--html and --transcript show f, which mode off does not read")
-        if sum(map(bool, (self.json, self.events, self.html))) - (self.json and bool(self.html)) > 1:
-            problems.append("wanted one of --json and --events; --html goes with --json alone")
-        if (self.chat or self.transcript) and (self.events or self.chat and (self.json or self.html)):
-            problems.append("--events does not go with --transcript, nor --events, --json or --html with --chat")
+        if self.events and (self.json or self.html or self.transcript):
+            problems.append("--events goes with none of --json, --html and --transcript")
+        if self.chat and (self.events or self.json or self.html):
+            problems.append("--chat goes with none of --events, --json and --html")
         return problems
 
 
@@ -357,7 +358,10 @@ def main():
         from chat import chat  # here, as it imports this file
         return chat(config, *load(config, [config.mode]))
     records, given = read_prompts(config)
-    model, tok = load(config, {r.get("mode", config.mode) for r in records})
+    modes = {r.get("mode") or config.mode for r in records}
+    if config.html and "off" in modes:
+        raise ValueError("--html shows f, which mode off does not read, and a record has that mode")
+    model, tok = load(config, modes)
     start, answers, settings = time.perf_counter(), [], config.settings()
     if config.events:
         made = print_events(stream(model, tok, records, **settings))

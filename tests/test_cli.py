@@ -283,3 +283,13 @@ def test_the_ground_deepens_with_f(f, colour):
 def test_the_defaults_of_sample_are_documented_settings_that_hold_together():
     assert SampleConfig(prompt="a").problems() == []
     assert os.path.basename(SampleConfig().adapter) == "out"
+
+
+@pytest.mark.parametrize("line, more, wanted", [
+    ('{"prompt": "a", "mode": ["x"]}', (), "prompts.jsonl:1: mode is \\['x'\\]"), ('{"prompt": "a", "mode": "off"}',
+     ("--html", "x.html"), "--html shows f"), ('{"prompt": "a"}', ("--events", "--json"), "--events goes with none of"),
+    ('{"prompt": "a"}', ("--mode", "reflect", "--demos", "nowhere"), "nowhere")])
+def test_modes_of_records_and_settings_that_do_not_go_together(sample, tmp_path, line, more, wanted):
+    (tmp_path / "prompts.jsonl").write_text(line + "\n")
+    code, out, err = sample("--prompts", tmp_path / "prompts.jsonl", *more)
+    assert (code, out) == (2, "") and re.fullmatch(f"error: .*{wanted}.*\n", err), err

@@ -284,7 +284,8 @@ def test_only_the_engine_and_the_operators_file_ever_write_the_flag(tok, demos, 
 
 @many
 @given(SETTINGS, st.sampled_from(["stop", "reflect", "backtrack"]), st.integers(0, 300),
-       st.floats(0, 1, exclude_min=True), st.floats(0, 1), st.floats(0.1, 5), st.sampled_from([(), "a", "Hm"]), st.integers(0, 30))
+       st.floats(0, 1, exclude_min=True), st.floats(0, 1), st.floats(0.1, 5), st.sampled_from([(), "a", "Hm"]),
+       st.integers(0, 30))
 def test_no_sampling_setting_hides_a_flag(tok, demos, s, mode, top_k, top_p, min_p, penalty, stop, seed):
     model = Scripted(tok, seed)
     sampling = dict(top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty, stop=stop,
