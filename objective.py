@@ -103,10 +103,10 @@ def decompose(words, flags, reference_words):
 
 
 def flag_prob(words, flags):
-    """f (N,), of fp32 logits (N, V) and (N, F). In double precision and on the CPU, so that scores near 1 keep their
-    order: fp32 would call everything above 1 - 6e-8 the same."""
+    """f (N,), of fp32 logits (N, V) and (N, F). In double precision, so that scores near 1 keep their order: fp32 would
+    call everything above 1 - 6e-8 the same. On the logits' device, or on the CPU where that knows no doubles."""
     odds = torch.logsumexp(flags, -1) - torch.logsumexp(words, -1)
-    return torch.sigmoid(odds.cpu().double())
+    return torch.sigmoid((odds.cpu() if odds.device.type == "mps" else odds).double())
 
 
 def pad(rows, device):

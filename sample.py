@@ -1,17 +1,33 @@
-"""Answers with the red flag read at every token.
+"""Answers with the red flag read at every token: the engine, and its command line.
 
     python sample.py --prompt "What is the capital of France?"
     python sample.py --prompts prompts.jsonl --mode shadow --json > answers.jsonl
+    python sample.py --prompt "..." --mode backtrack --events        # one JSON object for all that happens
+    python sample.py --chat --mode reflect                           # several turns in a terminal
     python sample.py --prompt "..." --mode shadow --html page.html
     python sample.py --transcript chats.jsonl --html page.html       # reads any model's answers, and writes none
 
 f is the flag's probability at a position: what the model would put there next, read from the raw softmax over all
-V + F tokens, before temperature, top-k or top-p. No setting of a caller can lower it. Words are always drawn from the
+V + F tokens, before anything that a caller may set. No setting can lower it. Words are always drawn from the
 distribution without the flag, so the flag itself never reaches a reader. Modes:
 
-    off      answer as if there were no flag; f is not reported
-    shadow   the same words as off, and f for every token
-    stop     at the first position with f > threshold stop, and give a fixed notice in place of the rest
+    off        answer as if there were no flag; f is not reported
+    shadow     the same words as off, and f for every token
+    stop       where the flag is raised, give a fixed notice in place of the rest
+    reflect    where it is raised, write the flag and the opening of a reflection for the model, and let it go on. Either
+               it calls the flag a false alarm: the reflection is taken back unseen, and the answer goes on from there.
+               Or a safe answer follows. Dialogues that show it both (reflect.txt) stand in the system message from the
+               first flag on; until then words and f are those of shadow.
+    backtrack  the same, but from the onset, where f began to rise; the newest tokens are held back so that nobody sees
+               what is taken back
+
+The flag is raised where f > threshold at `debounce` positions in a row. It is not raised within a reflection as long as
+that is undecided, nor behind a false alarm until f has been below `low` once.
+
+A step reads the last token of each row, reads f, and chooses the next token, all in tensors (Batch); every `sync_every`
+steps the host looks at what has happened (Row), sends rows elsewhere, and puts the next prompt where a row has ended.
+Between two looks rows run ahead of the host; what they wrote beyond a turning point is dropped. So a row's words depend
+on nothing but its prompt, its place and the settings. Shapes: B rows, C hidden, V words, Q ids to be forced.
 """
 import dataclasses
 import json
@@ -19,254 +35,241 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from calibrate import flag_probs
-from cli import option, parse, read_jsonl, run
-from measures import first_above
+from answer import BRANCHING, BUFFER, DONE, FLAGGED, FORCED, MODES, NORMAL, Row
+from cli import option, parse, run
 from model import Cache, Llama
-from objective import Example, flag_prob
+from objective import flag_prob, pad
 from page import write_page
-from tokenizer import Tokenizer, check_messages
-
-MODES = ("off", "shadow", "stop")
-NOTICE = "[stopped here: the model raised its red flag]"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer, and what the flag said of it.
-
-    flag_prob[t] is f at the position where answer token t is chosen; a prefill's tokens are the answer's first. An
-    answer that ended by itself or was stopped has one f more than tokens: that of the token not written.
-    """
-    prompt: str | list
-    text: str
-    flagged: bool
-    flag_at: int | None   # the first position with f > threshold
-    score: float | None   # max of flag_prob; None in mode off
-    flag_prob: list
-    tokens: list          # ids
-    stop_reason: str      # eos, length or flag; transcript where it was read, not written
+from prompts import Settings, check_prompt, read_prompts, read_transcripts
+from reflect import DEMOS, read_demos
+from tokenizer import Tokenizer
+from words import choose
 
 
-@dataclass
-class Row:
-    """An answer in the making: a small state machine, "normal" or "done"; further modes add further states."""
-    prompt: str | list
-    ids: list             # what the model reads before it writes: the prompt, then the prefill
-    n_prompt: int
-    n_left: int           # tokens it may still write
-    draws: torch.Tensor   # a uniform number for each of these, so that the words do not depend on the batch
-    stops: list           # ids that end an answer
-    mode: str
-    threshold: float
-    piece: object         # id -> text that is complete by now
-    show: object          # called with each piece of text and its f
-    state: str = "normal"
-    stop_reason: str | None = None
-    text: str = ""
-    tokens: list = field(default_factory=list)
-    probs: list = field(default_factory=list)
-    flag_at: int | None = None
+# ------------------------------------------------------------------------------------------- on the device
 
-    def step(self, f, token):
-        """Take in f of the next position; then, unless it stops the answer, the token chosen there."""
-        self.probs.append(f)
-        if self.mode != "off" and self.flag_at is None and f > self.threshold:
-            self.flag_at = len(self.tokens)
-            if self.mode == "stop":
-                return self.end("flag")
-        if token in self.stops:
-            return self.end("eos")
-        self.tokens.append(token)
-        self.say(self.piece(token), f)
-        if len(self.tokens) > len(self.ids) - self.n_prompt:  # beyond the prefill
-            self.n_left -= 1
-        if self.n_left == 0:
-            self.end("length")
+class Batch:
+    """What a step needs to know of each row: tensors with an entry a row, so that no step waits for the host."""
 
-    def end(self, reason):
-        self.state, self.stop_reason = "done", reason
-        self.say(self.piece(None), self.probs[-1])
-        if reason == "flag":
-            self.say((" " if self.text else "") + NOTICE, self.probs[-1])
+    def __init__(self, n, n_queue, n_draws, n_words, device):
+        tensor = lambda dtype, *shape: torch.zeros(n, *shape, dtype=dtype, device=device)
+        self.state, self.token = tensor(torch.long), tensor(torch.long)  # token: the last id, which the next step reads
+        self.at, self.end = tensor(torch.long), tensor(torch.long)       # the next token's place in the answer; its end
+        self.queue, self.fed, self.n_queue = tensor(torch.long, n_queue), tensor(torch.long), tensor(torch.long)
+        self.judged, self.wait = tensor(torch.bool), tensor(torch.bool)  # wait: until f is below low
+        self.run, self.quiet = tensor(torch.long), tensor(torch.long)    # positions above; steps yet without a decision
+        self.threshold, self.low = tensor(torch.float64), tensor(torch.float64)
+        self.draws = tensor(torch.float32, n_draws)                      # a uniform number for each place
+        self.seen = tensor(torch.bool, n_words)                          # ids in prompt and answer; (B, 0): not wanted
 
-    def say(self, text, f):
-        self.text += text
-        if text and self.show:
-            self.show(text, f)
+    def put(self, b, row):
+        """Row b goes on as the host's Row says: a new one, or one that was sent elsewhere."""
+        values = {"state": NORMAL, "token": row.ids[-1], "at": row.place(), "end": row.end_at(), "fed": 0,
+                  "n_queue": len(row.queue), "judged": row.mode not in ("off", "shadow"), "wait": row.wait,
+                  "run": row.run, "quiet": row.quiet, "threshold": row.threshold, "low": row.low}
+        for name, value in values.items():
+            getattr(self, name)[b] = value
+        self.queue[b, :len(row.queue)] = torch.tensor(row.queue, dtype=torch.long)
+        self.draws[b, :len(row.draws)] = row.draws
+        if self.seen.shape[1]:
+            self.seen[b] = False
+            self.seen[b, row.ids] = True
 
-    def answer(self):
-        scores = [] if self.mode == "off" else self.probs
-        return Answer(prompt=self.prompt, text=self.text, flagged=self.flag_at is not None, flag_at=self.flag_at,
-                      score=max(scores, default=None), flag_prob=scores, tokens=self.tokens,
-                      stop_reason=self.stop_reason)
+    def keep(self, rows):
+        """Drop all rows but these (a list of ints)."""
+        for name, x in vars(self).items():
+            setattr(self, name, x[rows])
 
+    def step(self, f, pick, stops, debounce):
+        """One position of every row: f (B,) is read there, pick(u) gives the words (B,) drawn by the numbers u, stops
+        are the ids that end an answer. Returns (3, B), doubles: the token, f, and the state. Rows that are flagged or
+        done stay as they are until the host has looked."""
+        live = self.state < FLAGGED
+        self.wait = self.wait & (f >= self.low)
+        decides = live & self.judged & ~self.wait & (self.quiet == 0)
+        self.run = torch.where(decides & (f > self.threshold), self.run + 1, 0)
+        flagged = decides & (self.run >= debounce)
+        writes, forced = live & ~flagged, self.fed < self.n_queue
+        at = lambda x, index: x.gather(1, index.clamp(0, x.shape[1] - 1)[:, None])[:, 0]            # (B,) of (B, N)
+        token = torch.where(forced, at(self.queue, self.fed), pick(at(self.draws, self.at)))
+        self.token = torch.where(writes, token, self.token)
+        self.at, self.fed = self.at + writes, self.fed + (writes & forced)
+        self.quiet = (self.quiet - writes.long()).clamp(min=0)
+        if self.seen.shape[1]:
+            self.seen.scatter_(1, self.token[:, None], True)
+        ended = writes & ((token[:, None] == stops).any(-1) | (self.at >= self.end))
+        state = torch.where(flagged, FLAGGED, torch.where(ended, DONE, torch.where(forced, FORCED, NORMAL)))
+        self.state = torch.where(live, state, self.state)
+        return torch.stack([token.double(), f, self.state.double()])
+
+
+# -------------------------------------------------------------------------------------------------- the loop
 
 @torch.no_grad()
-def generate(model, tok, prompts, mode="stop", max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0,
-             logit_bias=None, threshold=None, batch_size=16, on_token=None):
-    """Yields an Answer for each prompt, in order.
+def stream(model, tok, prompts, cancel=(), **settings):
+    """Yields the Events of the answers to all prompts, as they happen; settings: see Settings.
 
-    A prompt is a string, a list of chat messages, or a record {"prompt": either, "prefill": text}. temperature 0 is
-    greedy; top_k 0 and top_p 1 are off; logit_bias (id -> number) is added to the words' logits, once f has been read;
-    -inf bans a word. An answer's words depend on `seed` and its place in `prompts`, not on its batch (in fp32; bf16
-    sums round differently for other shapes, which may tip a near tie). threshold None takes the adapter's.
-    on_token(i, text, f) is called as text of prompt i appears.
+    A prompt is a string, a list of chat messages, or a record {"prompt": either, "prefill": text, "mode": its own}. An
+    answer's words depend on `seed` and its place in `prompts`, not on its batch (in fp32; bf16 sums round differently
+    for other shapes, which may tip a near tie). Put a prompt's place into the set `cancel`, between any two events, and
+    its answer ends there; close the generator and all do.
     Raises ValueError, before any work, for a bad setting, an empty prompt, or one longer than the model's context.
     """
-    threshold = model.threshold if threshold is None and mode != "off" else threshold
-    problems = setting_problems(mode, max_new_tokens, temperature, top_k, top_p, threshold, batch_size)
+    s, prompts = Settings(**settings), list(prompts)
+    checked = [check_prompt(p, f"prompt {i + 1}") for i, p in enumerate(prompts)]
+    modes = {mode or s.mode for *_, mode in checked}
+    problems = s.problems(modes, model.threshold)
     known = model.config.vocab_size + model.n_flags
     problems += [f"logit_bias has {token}: {value}, wanted an id below {known} and a number or -inf"
-                 for token, value in (logit_bias or {}).items() if not 0 <= token < known or not value < math.inf]
-    if mode != "off" and not model.n_flags:
-        problems.append(f"mode {mode} needs a flag: load an adapter first (model.load_flag), or take mode off")
+                 for token, value in (s.logit_bias or {}).items() if not 0 <= token < known or not value < math.inf]
+    if modes - {"off"} and not model.n_flags:
+        problems.append(f"mode {min(modes - {'off'}, key=str)} needs a flag: load an adapter first (model.load_flag), "
+                        "or take mode off")
     if problems:
         raise ValueError("; ".join(problems))
-    bias = torch.zeros(known, device=model.embed_tokens.weight.device)
-    for token, value in (logit_bias or {}).items():
-        bias[token] = value
-    bias = bias[:model.config.vocab_size]  # a flag's logit is out of reach: it is never drawn, and f is read by then
-    rows = [start_row(model, tok, p, i, mode, threshold, max_new_tokens, seed, on_token) for i, p in enumerate(prompts)]
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start:start + batch_size]
-        write(model, batch, lambda words, u: pick(words + bias if logit_bias else words, u, temperature, top_k, top_p))
-        for row in batch:
-            yield row.answer()
+    s = dataclasses.replace(s, threshold=model.threshold if s.threshold is None else s.threshold)
+    demos = read_demos(s.demos) if modes & set(BRANCHING) else None
+    rows, limit = [], model.config.max_position_embeddings
+    for i, (prompt, messages, prefill, mode) in enumerate(checked):
+        start, prefill = tok.render(messages)[0], tok.encode(prefill)
+        shown = tok.render(messages, operator=demos.text)[0] if (mode or s.mode) in BRANCHING else []
+        if len(start) + len(prefill) >= limit:
+            raise ValueError(f"prompt {i + 1} has {len(start) + len(prefill)} tokens with its template and prefill, "
+                             f"and the model's context holds {limit}: shorten it")
+        rows.append(Row(i, prompt, start, prefill, mode or s.mode, s, tok, demos, shown, limit))
+    yield from write(model, tok, rows, s, cancel)
 
 
-def setting_problems(mode, max_new_tokens, temperature, top_k, top_p, threshold, batch_size):
-    problems = []
-    if mode not in MODES:
-        problems.append(f"mode is {mode!r}, wanted one of {', '.join(MODES)}")
-    elif mode != "off" and (threshold is None or not 0 <= threshold <= 1):  # NaN fails this too
-        problems.append(f"threshold is {threshold}, wanted a probability from 0 to 1")
-    if max_new_tokens < 1 or batch_size < 1:
-        problems.append(f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}, wanted 1 or more")
-    if not 0 <= temperature < math.inf:
-        problems.append(f"temperature is {temperature}, wanted 0 (greedy) or more")
-    if top_k < 0 or not 0 < top_p <= 1:
-        problems.append(f"top_k is {top_k} and top_p {top_p}, wanted top_k 0 (off) or more and top_p above 0, at most 1")
-    return problems
+def generate(model, tok, prompts, mode="stop", max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0,
+             logit_bias=None, threshold=None, batch_size=16, on_token=None, **more):
+    """Yields an Answer for each prompt, in order; on_token(i, text, f) is called as text of prompt i may be shown.
+    Prompts, settings and errors as for `stream`."""
+    answers, turn = {}, 0
+    for e in stream(model, tok, prompts, mode=mode, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+                    top_p=top_p, seed=seed, logit_bias=logit_bias, threshold=threshold, batch_size=batch_size, **more):
+        if e.released and e.text and on_token:
+            on_token(e.i, e.text, e.f or 0.0)
+        if e.kind == "end":
+            answers[e.i] = e.answer
+        while turn in answers:  # a later prompt's answer may be done before
+            yield answers.pop(turn)
+            turn += 1
 
 
-def check_prompt(prompt, where):
-    """(record's prompt, chat, prefill) of a prompt as `generate` takes it. Raises ValueError naming `where`."""
-    record = prompt if isinstance(prompt, dict) else {"prompt": prompt}
-    if set(record) - {"prompt", "prefill"} or "prompt" not in record:
-        raise ValueError(f"{where}: a record has a prompt and optionally a prefill; this has {sorted(record)}")
-    try:
-        messages = check_messages(record["prompt"])
-    except ValueError as e:
-        raise ValueError(f"{where}: {e}") from None
-    prefill = record.get("prefill") or ""
-    if not isinstance(prefill, str):
-        raise ValueError(f"{where}: the prefill is {prefill!r}, wanted text")
-    if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-        raise ValueError(f"{where} is empty: wanted a question, or a chat that ends with the user's message")
-    return record["prompt"], messages, prefill
+class Memory:
+    """A cache, and which ids are in each of its rows, so that nothing is read twice: a row that turns back is cropped,
+    and the next turn of a chat reads only what is new."""
+
+    def __init__(self, model, n, max_len):
+        self.cache = Cache(model, n, max_len)
+        self.ids = [[] for _ in range(n)]  # read, and one id more
+
+    def share(self, b, row):
+        """How many of the row's ids, not counting the last, are in row b of the cache; the rest of it is forgotten."""
+        n = len(os.path.commonprefix([self.ids[b][:-1], row.ids[:-1]]))
+        self.ids[b] = row.ids[:n + 1]
+        return n
+
+    def keep(self, rows):
+        """Drop all rows but these (a list of ints)."""
+        self.ids = [self.ids[b] for b in rows]
+        self.cache.keep(rows)
 
 
-def start_row(model, tok, prompt, i, mode, threshold, max_new_tokens, seed, on_token):
-    prompt, messages, prefill = check_prompt(prompt, f"prompt {i + 1}")
-    start = tok.render(messages)[0]
-    ids = start + tok.encode(prefill)
-    limit = model.config.max_position_embeddings
-    if len(ids) >= limit:
-        raise ValueError(f"prompt {i + 1} has {len(ids)} tokens with its template and prefill, and the model's context "
-                         f"holds {limit}: shorten it")
-    n_left = min(max_new_tokens, limit - len(ids))
-    draws = torch.rand(n_left, generator=torch.Generator().manual_seed((seed * 1_000_003 + i) % (2 ** 32 - 5)))
-    show = on_token and (lambda text, f: on_token(i, text, f))
-    return Row(prompt, ids, len(start), n_left, draws, tok.stop_ids, mode, threshold, tok.stream(), show)
+def write(model, tok, rows, s, cancel=(), memory=None):
+    """Events of the rows' answers, `batch_size` of them side by side: whoever is done makes room for the next."""
+    if not rows:
+        return
+    waiting, slots = deque(rows), [None] * min(s.batch_size, len(rows))
+    memory = memory or Memory(model, len(slots), max(row.most_ids() for row in rows))
+    batch = make_batch(model, rows, len(slots), s)
+    advance, sync_every = stepper(model, tok, s, batch), s.sync_every or (16 if memory.cache.k.is_cuda else 1)
+    while True:
+        slots = [waiting.popleft() if row is None and waiting else row for row in slots]
+        for row in slots:
+            if row and row.i in cancel and not row.stop_reason:
+                yield from row.cancel()
+        yield from read(model, memory, slots, cancel)
+        slots = [row if row and not row.stop_reason else None for row in slots]
+        alive = [b for b, row in enumerate(slots) if row]
+        if len(alive) < len(slots) and waiting or any(slots[b].unread for b in alive):
+            continue  # some have ended within their prefill, or turned off there
+        if not alive:
+            return
+        if len(alive) < len(slots):
+            slots = [slots[b] for b in alive]
+            batch.keep(alive)
+            memory.keep(alive)
+        for b, row in enumerate(slots):
+            if row.moved:
+                batch.put(b, row)
+                row.moved = False
+        memory.cache.crop([len(row.ids) - 1 for row in slots])
+        steps = torch.stack([advance(memory.cache) for _ in range(sync_every)])              # (steps, 3, B)
+        for step in steps.tolist():  # the one sync
+            for row, token, f, state in zip(slots, *step):
+                if not (row.stop_reason or row.moved):
+                    yield from told(row, row.step(int(token), f, int(state)), cancel)
 
 
-def write(model, rows, pick):
-    """Writes the answers of one batch into its rows."""
-    width = max(len(r.ids) for r in rows)
-    cache = Cache(model, len(rows), max(len(r.ids) + r.n_left for r in rows))
-    padded = torch.tensor([r.ids + [0] * (width - len(r.ids)) for r in rows], device=cache.k.device)
-    hidden = model(padded, cache)                                                   # (B, T, C)
-    cache.crop([len(r.ids) for r in rows])
-    for row, h in zip(rows, hidden):  # prefilled tokens are judged like any other
-        for f, token in zip(read(model, h[row.n_prompt - 1:len(row.ids) - 1])[1], row.ids[row.n_prompt:]):
-            if row.state == "normal":
-                row.step(f, token)
-    last = torch.stack([h[len(row.ids) - 1] for row, h in zip(rows, hidden)])       # (B, C)
-    tokens = None  # what the rows wrote last; nothing yet
-    while alive := [b for b, row in enumerate(rows) if row.state == "normal"]:
-        if len(alive) < len(rows):
-            rows, last = [rows[b] for b in alive], last[alive]
-            tokens = tokens if tokens is None else tokens[alive]
-            cache.keep(alive)
-        if tokens is not None:
-            last = model(tokens[:, None], cache)[:, -1]
-        words, f = read(model, last)                                                # (B, V)
-        tokens = pick(words, torch.stack([r.draws[-r.n_left] for r in rows]))       # (B,)
-        for row, f_row, token in zip(rows, f, tokens.tolist()):                     # the step's one sync
-            row.step(f_row, token)
+def make_batch(model, rows, n, s):
+    device = model.embed_tokens.weight.device
+    n_seen = model.config.vocab_size + model.n_flags if s.repetition_penalty != 1 else 0
+    return Batch(n, max(row.most_forced() for row in rows), max(len(row.draws) for row in rows), n_seen,
+                 "cpu" if device.type == "mps" else device)  # mps knows no doubles
 
 
-def read(model, hidden):
-    """Logits of the words (N, V) and f, a list of N floats, of hidden states (N, C); with no flag loaded f is 0."""
-    words, flags = model.split_logits(hidden)
-    return words, flag_prob(words, flags).tolist()
+def told(row, events, cancel):
+    """The row's events, unless it is cancelled between two of them; then its end."""
+    for e in events:
+        yield e
+        if row.i in cancel and not row.stop_reason:
+            yield from row.cancel()
+            return
 
 
-def pick(words, u, temperature, top_k, top_p):
-    """A token for each row (B,), of its word logits (B, V) and its uniform number u (B,): the inverse of the
-    cumulative distribution at u, after temperature, top-k and top-p."""
-    if temperature == 0:
-        return words.argmax(-1)
-    order, V = None, words.shape[-1]
-    words = (words - words.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # fp32 would divide by 0
-    if top_k:
-        words, order = words.topk(min(top_k, V), dim=-1)                            # sorted, (B, k)
-    logp = torch.log_softmax(words, -1)
-    if top_p < 1 and not top_k:  # the likeliest 512 words nearly always hold top_p; sorting all of them is slow
-        logp_512, order_512 = logp.topk(min(512, V), dim=-1)
-        enough = logp_512.exp().sum(-1) > top_p
-        if enough.any() and not enough.all():  # apart, as ties come out in another order: a row must not see its batch
-            tokens = torch.empty(len(words), dtype=torch.long, device=words.device)
-            for part in (enough, ~enough):
-                tokens[part] = pick(words[part], u.to(words.device)[part], 1.0, 0, top_p)
-            return tokens
-        logp, order = (logp_512, order_512) if enough.all() else logp.sort(dim=-1, descending=True)
-    probs = logp.exp()
-    if top_p < 1:  # keep the words before which less than top_p has been seen, so at least the first
-        probs = probs * (probs.cumsum(-1) - probs < top_p)
-    cdf = probs.cumsum(-1)
-    at = torch.searchsorted(cdf, u.to(cdf.device)[:, None] * cdf[:, -1:], right=True)
-    at = at.clamp(max=cdf.shape[-1] - 1)                                            # (B, 1)
-    return (at if order is None else order.gather(-1, at))[:, 0]
+def read(model, memory, slots, cancel):
+    """Reads what the rows with a prompt not yet read have to read, but for the last id: that one is read by the next
+    step. Gives the events of the prefills, where f is read at every token."""
+    unread = [(b, row) for b, row in enumerate(slots) if row and row.unread and not row.stop_reason]
+    known = [min(memory.share(b, row), row.n_prompt - 1 if row.ahead else row.context) for b, row in unread]
+    todo = [(b, row, n) for (b, row), n in zip(unread, known) if n < len(row.ids + row.ahead) - 1]
+    ids, hidden, first = [], [], min((n for *_, n in todo), default=0)  # one beginning, so that they fit side by side
+    if todo:
+        ids = [(row.ids + row.ahead)[first:-1] for _, row, _ in todo]
+        part = memory.cache.part([b for b, *_ in todo], [first] * len(todo))
+        hidden = model(pad(ids, memory.cache.k.device), part)                                       # (B, T, C)
+    for b, row in unread:
+        memory.ids[b], row.unread = row.ids, False  # the same list, which grows and shrinks with the row
+    for (_, row, _), x, h in zip(todo, ids, hidden):
+        if row.ahead:
+            words, flags = model.split_logits(h[row.n_prompt - 1 - first:len(x)])
+            yield from told(row, row.begin(flag_prob(words, flags).tolist()), cancel)
 
 
-def read_transcripts(model, tok, records, threshold=None):
-    """An Answer for each record {"prompt": as for `generate`, "response": text by whatever model}: f at every token of
-    the response, and at its end, by one forward pass. Raises ValueError for what does not fit the model's context."""
-    threshold = model.threshold if threshold is None else threshold
-    if threshold is None or not 0 <= threshold <= 1:
-        raise ValueError(f"threshold is {threshold}, wanted a probability from 0 to 1")
-    limit, examples = model.config.max_position_embeddings, []
-    for i, record in enumerate(records):
-        _, messages, _ = check_prompt(record["prompt"], f"transcript {i + 1}")
-        ids = tok.render(messages)[0]
-        example = Example(ids + tok.encode(record["response"]) + tok.stop_ids[:1], len(ids), "")
-        if len(example.ids) > limit:
-            raise ValueError(f"transcript {i + 1} has {len(example.ids)} tokens with its template, and the model's "
-                             f"context holds {limit}: shorten it")
-        examples.append(example)
-    answers = []
-    for record, e, f in zip(records, examples, flag_probs(model, examples)):
-        flag_at = first_above(f, threshold)
-        answers.append(Answer(record["prompt"], record["response"], flag_at is not None, flag_at, max(f), f,
-                              e.ids[e.n_prompt:-1], "transcript"))
-    return answers
+def stepper(model, tok, s, batch):
+    """A function cache -> what Batch.step gives: reads each row's last token and chooses the next one."""
+    device, home, V = model.embed_tokens.weight.device, batch.state.device, model.config.vocab_size
+    stops, bias = torch.tensor(tok.stop_ids, dtype=torch.long, device=home), None
+    if s.logit_bias:
+        bias = torch.zeros(V + model.n_flags)
+        bias[list(s.logit_bias)] = torch.tensor(list(s.logit_bias.values()), dtype=torch.float32)
+        bias = bias[:V].to(device)  # a flag's logit is out of reach: it is never drawn, and f is read by then
+
+    def advance(cache):
+        hidden = model(batch.token[:, None].to(device), cache)[:, -1]                               # (B, C)
+        words, flags = model.split_logits(hidden)                                                   # (B, V), (B, F)
+        draw = lambda u: choose(words, batch.seen[:, :V].to(device), u.to(device), bias, s).to(home)
+        done = batch.step(flag_prob(words, flags), draw, stops, s.debounce)                         # (3, B)
+        cache.back((batch.state >= FLAGGED).to(device))
+        return done
+    return advance
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -274,60 +277,52 @@ def read_transcripts(model, tok, records, threshold=None):
 @dataclass(frozen=True)
 class SampleConfig:
     prompt: str | None = option(None, "the user's message")
-    prompts: str | None = option(None, "a JSON Lines file of records with prompt and, optionally, prefill")
+    prompts: str | None = option(None, "a JSON Lines file of records with prompt and, optionally, prefill and mode")
     transcript: str | None = option(None, "a JSON Lines file of records with prompt and response, to be read alone")
+    chat: bool = option(False, "a chat of several turns; /mode NAME, /threshold X, /reset, /quit")
     prefill: str = option("", "the beginning of the answer, put into the model's mouth")
     system: str | None = option(None, "system message (default: what the model's chat template has)")
-    mode: str = option("stop", "off, shadow or stop")
+    mode: str = option(Settings.mode, ", ".join(MODES))
     threshold: float | None = option(None, "flag where f is above it (default: the one stored with the adapter)")
-    max_new_tokens: int = option(256, "length of an answer at most, prefill not counted")
-    temperature: float = option(0.0, "0 is greedy")
-    top_k: int = option(0, "draw among the k likeliest words; 0: all")
-    top_p: float = option(1.0, "draw among the likeliest words that make up this much probability")
-    seed: int = option(0, "of the draws")
-    batch_size: int = option(16, "answers written side by side")
+    low: float | None = option(None, "the onset is where f has risen above it (default: half the threshold)")
+    debounce: int = option(Settings.debounce, "flag at this many positions above the threshold in a row")
+    max_flags: int = option(Settings.max_flags, "reflections an answer at most; at the next flag it is stopped")
+    buffer: int | None = option(None, f"newest tokens held back (default: {BUFFER} in mode backtrack, else 0)")
+    demos: str = option(DEMOS, "what modes reflect and backtrack tell the model about its flag")
+    max_new_tokens: int = option(Settings.max_new_tokens, "length of an answer at most, prefill not counted")
+    temperature: float = option(Settings.temperature, "0 is greedy")
+    top_k: int = option(Settings.top_k, "draw among the k likeliest words; 0: all")
+    top_p: float = option(Settings.top_p, "draw among the likeliest words that make up this much probability")
+    min_p: float = option(Settings.min_p, "draw among words at least this likely, as a share of the likeliest one's")
+    repetition_penalty: float = option(Settings.repetition_penalty, "above 1: words that stand there already come less")
+    stop: str | None = option(None, "end an answer before this text")
+    seed: int = option(Settings.seed, "of the draws")
+    batch_size: int = option(Settings.batch_size, "answers written side by side")
+    sync_every: int | None = option(None, "steps between two looks of the host (default: 16 on a GPU, else 1)")
     adapter: str = option("out", "folder that train.py wrote")
     weights: str | None = option(None, "model folder (default: SmolLM2-135M-Instruct, fetched once)")
     force: bool = option(False, "load the adapter although it was trained on other base weights")
-    json: bool = option(False, "one JSON object a line on stdout")
+    json: bool = option(False, "one JSON object an answer, one a line, on stdout")
+    events: bool = option(False, "one JSON object for each event, one a line, on stdout")
     html: str | None = option(None, "write a page to this file: every token shaded by f, the threshold adjustable")
 
+    def settings(self):
+        names = [f.name for f in dataclasses.fields(Settings) if f.name != "logit_bias"]
+        return {name: getattr(self, name) for name in names} | {"stop": () if self.stop is None else (self.stop,)}
+
     def problems(self):
-        problems = setting_problems(self.mode, self.max_new_tokens, self.temperature, self.top_k, self.top_p,
-                                    0.5 if self.threshold is None else self.threshold, self.batch_size)
-        if sum(x is not None for x in (self.prompt, self.prompts, self.transcript)) != 1:
-            problems.append("wanted one of --prompt TEXT, --prompts FILE.jsonl and --transcript FILE.jsonl")
+        problems = Settings(**self.settings()).problems([self.mode], 0.5 if self.low is None else 1.0)
+        if sum(x is not None for x in (self.prompt, self.prompts, self.transcript, self.chat or None)) != 1:
+            problems.append("wanted one of --prompt TEXT, --prompts FILE.jsonl, --transcript FILE.jsonl and --chat")
         if self.prompt is None and self.prefill:
             problems.append("--prefill goes with --prompt; in a file each record has its own")
         if self.mode == "off" and (self.html or self.transcript):
             problems.append("--html and --transcript show f, which mode off does not read")
+        if self.events and (self.json or self.html or self.transcript):
+            problems.append("--events goes with none of --json, --html and --transcript")
+        if self.chat and (self.events or self.json or self.html):
+            problems.append("--chat goes with none of --events, --json and --html")
         return problems
-
-
-def read_prompts(config):
-    """The prompts as `generate` takes them, or transcripts, and the prompts as the user gave them."""
-    path, records = config.prompts or config.transcript, []
-    if path is None:
-        records = [{"prompt": config.prompt, "prefill": config.prefill}]
-    else:
-        for line, record in read_jsonl(path):
-            if "prompt" not in record:
-                raise ValueError(f"{path}:{line}: the record has no prompt, only {sorted(record)}")
-            records.append({k: record[k] for k in ("prompt", "prefill") if k in record})
-            check_prompt(records[-1], f"{path}:{line}")
-            if config.transcript:
-                said = record.get("response")
-                if not isinstance(said, str) or not said:
-                    raise ValueError(f"{path}:{line}: the response is {said!r}, wanted text")
-                records[-1] = {"prompt": record["prompt"], "response": said}
-    given = [r["prompt"] for r in records]
-    if config.system is not None:
-        system, chats = {"role": "system", "content": config.system}, [check_messages(r["prompt"]) for r in records]
-        for chat in chats:
-            if chat[0]["role"] == "system":
-                raise ValueError(f"--system, and a chat with a system message of its own: {chat[0]['content']:.60}")
-        records = [r | {"prompt": [system, *chat]} for r, chat in zip(records, chats)]
-    return records, given
 
 
 def shade(text, f):
@@ -336,44 +331,66 @@ def shade(text, f):
     return f"\x1b[48;5;{(0, 52, 88, 124, 160, 196)[level]}m{text}\x1b[0m" if level else text
 
 
-def main():
-    config = parse(SampleConfig, sys.argv[1:], __doc__)
-    records, given = read_prompts(config)
-    if config.mode != "off" and not (Path(config.adapter) / "flag.json").is_file():
+def show(i, text, f):
+    """Text of an answer as it appears; in a terminal that wants colours, shaded."""
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print(shade(text, f) if colour else text, end="", flush=True)
+
+
+def load(config, modes):
+    """(model, tokenizer) of the command line's settings."""
+    adapter = Path(config.adapter) / "flag.json"
+    if set(modes) != {"off"} and not adapter.is_file():
         raise ValueError(f"no adapter in {config.adapter}: train one first (python train.py --init llama), name its "
                          "folder with --adapter, or take --mode off for the original model")
     if config.weights is None:
         from data.smollm2 import ensure
     weights = config.weights or ensure()
     model = Llama.from_pretrained(weights)
-    if config.mode != "off" or (Path(config.adapter) / "flag.json").is_file():
+    if adapter.is_file():
         model.load_flag(config.adapter, force=config.force)
-    tok = Tokenizer.from_pretrained(weights, n_flags=model.n_flags or 1)
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and config.mode != "off"
+    return model, Tokenizer.from_pretrained(weights, n_flags=model.n_flags or 1)
 
-    def on_token(i, text, f):
-        print(shade(text, f) if colour else text, end="", flush=True)
 
-    live = not config.json and len(records) == 1 and not config.transcript
-    start, n_tokens, shown = time.perf_counter(), 0, []
-    if config.transcript:
-        answers = read_transcripts(model, tok, records, config.threshold)
+def main():
+    config = parse(SampleConfig, sys.argv[1:], __doc__)
+    if config.chat:
+        from chat import chat  # here, as it imports this file
+        return chat(config, *load(config, [config.mode]))
+    records, given = read_prompts(config)
+    modes = {r.get("mode") or config.mode for r in records}
+    if config.html and "off" in modes:
+        raise ValueError("--html shows f, which mode off does not read, and a record has that mode")
+    model, tok = load(config, modes)
+    start, answers, settings = time.perf_counter(), [], config.settings()
+    if config.events:
+        made = print_events(stream(model, tok, records, **settings))
+    elif config.transcript:
+        made = read_transcripts(model, tok, records, config.threshold)
     else:
-        answers = generate(model, tok, records, config.mode, config.max_new_tokens, config.temperature, config.top_k,
-                           config.top_p, config.seed, threshold=config.threshold, batch_size=config.batch_size,
-                           on_token=on_token if live else None)
-    for prompt, answer in zip(given, answers):
-        n_tokens += len(answer.tokens)
-        shown.append(dataclasses.replace(answer, prompt=prompt))
+        live = not config.json and len(records) == 1
+        made = generate(model, tok, records, **settings, on_token=show if live else None)
+    live = not config.json and len(records) == 1 and not config.transcript
+    for prompt, answer in zip(given, made):
+        answers.append(dataclasses.replace(answer, prompt=prompt))
         if config.json:
-            print(json.dumps(dataclasses.asdict(shown[-1]), ensure_ascii=False), flush=True)
-        else:
+            print(json.dumps(dataclasses.asdict(answers[-1]), ensure_ascii=False), flush=True)
+        elif not config.events:
             print("" if live else f"> {prompt}\n{answer.text}\n", flush=True)
+        if not config.json:
             print(summary(answer), file=sys.stderr)
-    seconds = time.perf_counter() - start
+    seconds, n_tokens = time.perf_counter() - start, sum(len(a.tokens) for a in answers)
     if config.html:
-        write_page(config.html, shown, tok, model.threshold if config.threshold is None else config.threshold)
-    print(f"{len(records)} answers, {n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
+        write_page(config.html, answers, tok, model.threshold if config.threshold is None else config.threshold)
+    print(f"{len(answers)} answers, {n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+def print_events(events):
+    """Prints the events; the answers as they end."""
+    for e in events:
+        print(json.dumps(dataclasses.asdict(e), ensure_ascii=False), flush=True)
+        if e.answer:
+            yield e.answer
 
 
 def summary(answer):

@@ -91,6 +91,11 @@ class Tokenizer:
         kept = (bytes(b for b in piece if bytes([b]) not in self.missing) for piece in pieces)
         return [r for piece in kept if piece for r in self.bpe._encode_single_piece(piece)]
 
+    def encode_operator(self, text):
+        """Ids of text by whoever runs the model, where the spelled flag is the flag. Never for what a user wrote."""
+        first, *rest = [self.encode(part) for part in text.split(self.flag_text)]
+        return first + [i for part in rest for i in (self.flag_id, *part)]
+
     def decode(self, ids):
         """Text for a reader: no control tokens, no flag; bytes that are no UTF-8 show as U+FFFD."""
         return b"".join(self.bytes_of.get(i, b"") for i in ids).decode("utf-8", "replace")
@@ -103,11 +108,12 @@ class Tokenizer:
 
     # --------------------------------------------------------------------------------------------- chat
 
-    def render(self, messages, prefill=None):
+    def render(self, messages, prefill=None, operator=""):
         """(ids, mask) of a chat: mask is True where an answer is written, the end-of-turn token included.
 
         messages: a string (one user message) or a list of {"role", "content"}. Unless the last one is the
         assistant's, the ids end where its answer begins; `prefill` is the beginning of that answer, left open.
+        `operator` is text put at the end of the system message, the one place where the flag may stand in a prompt.
         """
         messages = check_messages(messages)
         ids, mask = [], []
@@ -120,14 +126,18 @@ class Tokenizer:
             add([self.special["<|begin_of_text|>"]])
         elif self.default_system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.default_system}, *messages]
+        if operator and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": ""}, *messages]
         open_turn = [{"role": "assistant", "content": prefill or ""}] if messages[-1]["role"] != "assistant" else []
         if prefill and not open_turn:
             raise ValueError("a prefill needs a chat that does not already end with the assistant's message")
-        for message in messages + open_turn:
+        for n, message in enumerate(messages + open_turn):
             header, content, end, gap = self.turn(message)
             answer = message["role"] == "assistant"
             add(header)
             add(content, answer)
+            if n == 0:
+                add(self.encode_operator(operator))
             if not open_turn or message is not open_turn[0]:  # not by value: it may have been said before
                 add(end, answer)
                 add(gap)

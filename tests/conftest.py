@@ -1,5 +1,7 @@
 """Tiny random checkpoints, made by transformers and tokenizers, so that every test has a reference beside it."""
 import json
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,3 +87,33 @@ def real():
     """Folder of the real default model, fetched if it is not there; for tests marked `real`."""
     from data.smollm2 import ensure
     return ensure()
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny, tmp_path_factory):
+    """Folder of a saved adapter whose flag row shows: f lies between 0 and 1 and above 0.001 somewhere."""
+    from model import Llama
+    model = Llama.from_pretrained(tiny, dtype=torch.float32, device="cpu")
+    model.add_flag(n_flags=1, rank=4, alpha=8, seed=1)
+    with torch.no_grad():
+        for p in model.flag_parameters().values():
+            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
+    model.threshold = 0.9
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_flag(folder)
+    return folder
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Runs a script as __main__ in this process: (exit code, stdout, stderr). Nothing is fetched."""
+    def call(file, *argv):
+        monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("a subprocess was started"))
+        monkeypatch.setattr(sys, "argv", [file, *map(str, argv)])
+        code = 0
+        try:
+            runpy.run_path(str(Path(__file__).resolve().parent.parent / file), run_name="__main__")
+        except SystemExit as e:
+            code = e.code or 0
+        return code, *capsys.readouterr()
+    return call

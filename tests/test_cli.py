@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from answer import NOTICE
 from cli import option, parse, read_jsonl, run
-from sample import NOTICE, SampleConfig, shade
+from sample import SampleConfig, shade
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["train.py", "sample.py", "data/prepare.py", "data/smollm2.py"]
@@ -135,36 +136,6 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
 
 # -------------------------------------------------------------------------------------- the scripts
 
-@pytest.fixture(scope="module")
-def adapter(tiny, tmp_path_factory):
-    """Folder of a saved adapter whose flag row shows: f lies between 0 and 1 and above 0.001 somewhere."""
-    from model import Llama
-    model = Llama.from_pretrained(tiny, dtype=torch.float32, device="cpu")
-    model.add_flag(n_flags=1, rank=4, alpha=8, seed=1)
-    with torch.no_grad():
-        for p in model.flag_parameters().values():
-            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
-    model.threshold = 0.9
-    folder = tmp_path_factory.mktemp("adapter")
-    model.save_flag(folder)
-    return folder
-
-
-@pytest.fixture
-def script(monkeypatch, capsys):
-    """Runs a script as __main__ in this process: (exit code, stdout, stderr). Nothing is fetched."""
-    def call(file, *argv):
-        monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("a subprocess was started"))
-        monkeypatch.setattr(sys, "argv", [file, *map(str, argv)])
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / file), run_name="__main__")
-        except SystemExit as e:
-            code = e.code or 0
-        return code, *capsys.readouterr()
-    return call
-
-
 @pytest.fixture
 def sample(script, tiny, adapter):
     return lambda *argv: script("sample.py", "--weights", tiny, "--adapter", adapter, "--max-new-tokens", 6, *argv)
@@ -194,8 +165,8 @@ state = lambda: (torch.get_default_dtype(), torch.get_default_device(), torch.ge
                  torch.random.initial_seed(), torch.is_grad_enabled(), torch.backends.cuda.matmul.allow_tf32,
                  dict(os.environ), sys.argv, os.getcwd())
 before = state()
-import attacks, baselines, calibrate, checkpoint, cli, costs, eval, measures, model, objective, page, record, report, sample
-import tokenizer, train, data.prepare, data.smollm2
+import answer, attacks, baselines, calibrate, chat, checkpoint, cli, costs, eval, measures, model, objective, page
+import prompts, record, reflect, report, sample, tokenizer, train, words, data.prepare, data.smollm2
 assert state() == before
 assert not {{"transformers", "tokenizers", "peft", "gguf", "matplotlib", "scipy"}} & set(sys.modules), "a package that run time does not need"
 """
@@ -312,3 +283,13 @@ def test_the_ground_deepens_with_f(f, colour):
 def test_the_defaults_of_sample_are_documented_settings_that_hold_together():
     assert SampleConfig(prompt="a").problems() == []
     assert os.path.basename(SampleConfig().adapter) == "out"
+
+
+@pytest.mark.parametrize("line, more, wanted", [
+    ('{"prompt": "a", "mode": ["x"]}', (), "prompts.jsonl:1: mode is \\['x'\\]"), ('{"prompt": "a", "mode": "off"}',
+     ("--html", "x.html"), "--html shows f"), ('{"prompt": "a"}', ("--events", "--json"), "--events goes with none of"),
+    ('{"prompt": "a"}', ("--mode", "reflect", "--demos", "nowhere"), "nowhere")])
+def test_modes_of_records_and_settings_that_do_not_go_together(sample, tmp_path, line, more, wanted):
+    (tmp_path / "prompts.jsonl").write_text(line + "\n")
+    code, out, err = sample("--prompts", tmp_path / "prompts.jsonl", *more)
+    assert (code, out) == (2, "") and re.fullmatch(f"error: .*{wanted}.*\n", err), err

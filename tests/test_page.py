@@ -10,7 +10,9 @@ import torch
 
 import sample
 from page import log_odds, make_page, token_spans
-from sample import Answer, generate, read_transcripts
+from answer import Answer
+from prompts import read_transcripts
+from sample import generate
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

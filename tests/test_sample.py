@@ -7,7 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sample import NOTICE, generate, pick
+from answer import NOTICE
+from sample import generate
+from words import penalise, pick
 
 PROMPTS = ["hello the", "What is 2+2?", "日本 🙂", "a",
            "the hello hello the tiny thing, said slowly and twice over"]
@@ -422,3 +424,22 @@ def test_pick_stays_inside_the_kept_words_at_both_ends_of_the_line():
     assert set(pick(words, u, 1.0, 0, 1.0).tolist()) <= {1, 2, 3}
     assert set(pick(words, u, 1.0, 0, 0.8).tolist()) <= {2, 3}
     assert set(pick(words, u, 1.0, 2, 1.0).tolist()) <= {2, 3}
+
+
+def test_min_p_and_repetition_penalty_are_those_of_transformers():
+    from transformers import LogitsProcessorList
+    from transformers.generation import logits_process as hf
+    words = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 3
+    ids = torch.randint(0, 50, (6, 9), generator=torch.Generator().manual_seed(1))
+    seen = torch.zeros(6, 50, dtype=torch.bool).scatter_(1, ids, True)
+    for penalty in (0.7, 1.3, 2.0):
+        assert torch.equal(penalise(words, seen, penalty), hf.RepetitionPenaltyLogitsProcessor(penalty)(ids, words))
+    for top_k, top_p, min_p in ((0, 1.0, 0.1), (0, 0.9, 0.05), (20, 1.0, 0.2), (9, 0.8, 0.3), (0, 1.0, 1.0)):
+        warpers = ([hf.TopKLogitsWarper(top_k)] if top_k else []) + [hf.TopPLogitsWarper(top_p)] + [hf.MinPLogitsWarper(min_p)]
+        kept = LogitsProcessorList(warpers)(ids, words).isfinite()
+        u = (torch.arange(4000) + 0.5) / 4000
+        for row, wanted in zip(words, kept):
+            drawn = pick(row.expand(4000, -1), u, 1.0, top_k, top_p, min_p)
+            assert set(drawn.tolist()) <= set(wanted.nonzero()[:, 0].tolist())
+            share = torch.where(wanted, row, -torch.inf).softmax(-1)
+            torch.testing.assert_close(drawn.bincount(minlength=50) / 4000, share, atol=6e-4, rtol=0)
