@@ -178,8 +178,9 @@ def attend(q, k, v, mask):
         scores = (q / math.sqrt(D)) @ k.transpose(-1, -2)                           # (B, H, T, S+T)
         visible = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask
         return scores.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
-    causal = mask is None and q.shape[2] > 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+    if q.shape[2] == 1:  # the query heads that share a key/value head become its queries: no copies of k and v
+        return F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, q.shape[3]), k, v, attn_mask=mask).reshape(q.shape)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
 
 class Attention(nn.Module):
@@ -346,10 +347,13 @@ class Llama(nn.Module):
     def split_logits(self, hidden):
         """Logits of the words (..., V) and of the flags (..., F or 0), fp32, of hidden states (..., C)."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        words = F.linear(hidden, head.weight).float()
+        return F.linear(hidden, head.weight).float(), self.flag_logits(hidden)
+
+    def flag_logits(self, hidden):
+        """(..., F) of hidden states (..., C), fp32: bf16 would cut the score to two digits. (..., 0) with the flag off."""
         if not (self.flag_on and self.n_flags):
-            return words, words[..., :0]
-        return words, F.linear(hidden.float(), self.flag_unembed)  # bf16 would cut the score to two digits
+            return hidden.new_zeros(*hidden.shape[:-1], 0, dtype=torch.float32)
+        return F.linear(hidden.float(), self.flag_unembed)
 
     def logits(self, hidden):
         """(..., V + F) of hidden states (..., C), fp32; (..., V) with the flag off. A call of its own, so that the

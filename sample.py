@@ -43,6 +43,7 @@ import torch
 
 from answer import BRANCHING, BUFFER, DONE, FLAGGED, FORCED, MODES, NORMAL, Row
 from cli import option, parse, run
+from decode import make_step
 from model import Cache, Llama
 from objective import flag_prob, pad
 from page import write_page
@@ -262,9 +263,10 @@ def stepper(model, tok, s, batch):
         bias[list(s.logit_bias)] = torch.tensor(list(s.logit_bias.values()), dtype=torch.float32)
         bias = bias[:V].to(device)  # a flag's logit is out of reach: it is never drawn, and f is read by then
 
+    step = make_step(model)
+
     def advance(cache):
-        hidden = model(batch.token[:, None].to(device), cache)[:, -1]                               # (B, C)
-        words, flags = model.split_logits(hidden)                                                   # (B, V), (B, F)
+        words, flags = step(batch.token, cache)                                                     # (B, V), (B, F)
         draw = lambda u: choose(words, batch.seen[:, :V].to(device), u.to(device), bias, s).to(home)
         done = batch.step(flag_prob(words, flags), draw, stops, s.debounce)                         # (3, B)
         cache.back((batch.state >= FLAGGED).to(device))

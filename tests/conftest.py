@@ -107,6 +107,8 @@ def adapter(tiny, tmp_path_factory):
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Runs a script as __main__ in this process: (exit code, stdout, stderr). Nothing is fetched."""
+    import decode
+    decode.kernels()  # compiled by now
     def call(file, *argv):
         monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("a subprocess was started"))
         monkeypatch.setattr(sys, "argv", [file, *map(str, argv)])

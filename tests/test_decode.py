@@ -1,0 +1,150 @@
+"""The fast step on a CPU against model.forward and against PyTorch's own operators, in bf16."""
+import subprocess
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import decode
+from conftest import write_checkpoint
+from model import Cache, Llama, RMSNorm, rotate
+from sample import generate
+
+pytestmark = pytest.mark.skipif(decode.kernels() is None or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+                                reason="no C compiler, or a CPU without bf16")
+many = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+random = lambda seed, *shape, scale=1.0: scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(y, wanted):
+    """Within one rounding to bf16's 8 bits of the result in doubles (and of the intermediate ones)."""
+    torch.testing.assert_close(y.double(), wanted.double(), atol=2e-3, rtol=2 ** -7)
+
+
+@many
+@given(st.integers(1, 9), st.integers(1, 70), st.floats(1e-3, 1e3), st.integers(0, 99))
+def test_rms_norm(B, C, scale, seed):
+    x, norm = random(seed, B, C, scale=scale).bfloat16(), RMSNorm(C, 1e-5).bfloat16()
+    norm.weight.data = random(seed + 1, C).bfloat16()
+    y = torch.empty_like(x)
+    decode.kernels().rms_norm(y.data_ptr(), x.data_ptr(), norm.weight.data_ptr(), 1e-5, B, C)
+    close(y, F.rms_norm(x.double(), (C,), norm.weight.double(), 1e-5))
+    assert (y == norm(x)).float().mean() > 0.9  # the same roundings in the same places, but for the order of a sum
+
+
+@many
+@given(st.integers(1, 9), st.integers(1, 70), st.floats(1e-2, 60), st.integers(0, 99))
+def test_silu_mul(B, I, scale, seed):
+    gate_up, y = random(seed, B, 2 * I, scale=scale).bfloat16(), torch.empty(B, I, dtype=torch.bfloat16)
+    decode.kernels().silu_mul(y.data_ptr(), gate_up.data_ptr(), B, I)
+    gate, up = gate_up.double().chunk(2, -1)
+    close(y, F.silu(gate) * up)
+
+
+@many
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(1, 3), st.integers(1, 4),
+       st.sampled_from([2, 16, 64, 128]), st.integers(0, 99))
+def test_attend(at, K, G, D, seed):
+    B, H, max_len, at = len(at), K * G, 41, torch.tensor(at)
+    qkv = random(seed, B, (H + 2 * K) * D).bfloat16()
+    keys, values = (random(seed + i, B, K, max_len, D).bfloat16() for i in (1, 2))
+    angles, y = random(seed + 3, B, D // 2), torch.empty(B, H * D, dtype=torch.bfloat16)
+    cos, sin, before = angles.cos(), angles.sin(), (keys.clone(), values.clone())
+    decode.kernels().attend(*(x.data_ptr() for x in (y, qkv, keys, values, cos, sin, at)), B, H, K, D, max_len,
+                            int(at.max()) + 1)
+    heads, b = qkv.view(B, H + 2 * K, 1, D).double(), torch.arange(B)
+    turned = rotate(heads, *(x.double().repeat(1, 2)[:, None, None] for x in (cos, sin)))
+    close(keys[b, :, at], turned[:, H:H + K, 0])
+    assert torch.equal(values[b, :, at], qkv.view(B, H + 2 * K, D)[:, H + K:])
+    for x, old in zip((keys, values), before):  # nothing else has been written
+        old[b, :, at] = x[b, :, at]
+        assert torch.equal(x, old)
+    mask = (torch.arange(max_len) <= at[:, None])[:, None, None]
+    wanted = F.scaled_dot_product_attention(turned[:, :H], keys.double(), values.double(), mask, enable_gqa=True)
+    torch.testing.assert_close(y.double(), wanted.reshape(B, -1), atol=2e-2, rtol=2e-2)
+
+
+@pytest.fixture
+def half(tiny):
+    return Llama.from_pretrained(tiny, dtype=torch.bfloat16, device="cpu")
+
+
+@pytest.mark.parametrize("kind, config", [("Llama", {}), ("Llama", {"tie_word_embeddings": True}), ("Qwen2", {}),
+                                          ("Llama", {"attention_bias": True, "mlp_bias": True})])
+@pytest.mark.parametrize("rank, B", [(None, 1), (0, 3), (4, 3), (4, 6)])
+def test_a_step_errs_no_more_than_the_forward_pass_in_bf16(tmp_path, kind, config, rank, B):
+    write_checkpoint(tmp_path, kind, **config)
+    exact, model = (Llama.from_pretrained(tmp_path, dtype, "cpu") for dtype in (torch.float32, torch.bfloat16))
+    for m in (exact, model) if rank is not None else ():
+        m.add_flag(2, rank, layers=1)
+        with torch.no_grad():
+            for i, p in enumerate(m.flag_parameters().values()):
+                p.copy_(random(i, *p.shape, scale=0.1))
+    lengths = [5, 1, 9, 4, 7, 2][:B]
+    ids = torch.randint(3, 200, (B, 12), generator=torch.Generator().manual_seed(1))
+    found, errors = {}, {}
+    with torch.no_grad():
+        plain = lambda m: lambda token, cache: m.split_logits(m(token[:, None], cache)[:, -1])
+        for name, m, step in (("exact", exact, plain(exact)), ("plain", model, plain(model)),
+                              ("fast", model, decode.make_step(model))):
+            cache = Cache(m, B, 20)
+            m(ids[:, :9], cache)
+            cache.crop(lengths)
+            found[name] = [torch.cat(step(ids[:, 9 + t], cache), -1) for t in range(3)]
+    assert isinstance(decode.make_step(model), decode.Decoder)
+    for name in ("plain", "fast"):
+        errors[name] = torch.stack([(a - b).square().mean() for a, b in zip(found[name], found["exact"])]).mean().sqrt()
+    assert found["fast"][0].shape == found["exact"][0].shape and found["fast"][0].dtype == torch.float32
+    assert errors["fast"] < 1.25 * errors["plain"] < 0.1 * found["exact"][0].std()
+
+
+def test_the_step_follows_the_adapter_and_the_weights(half):
+    model = half
+    def words():
+        cache = Cache(model, 1, 8)
+        with torch.no_grad():
+            return decode.make_step(model)(torch.tensor([5]), cache)
+    base, no_flags = words()
+    assert no_flags.shape == (1, 0)
+    model.add_flag(rank=4)
+    with torch.no_grad():
+        for layer in model.block_linears():
+            layer.lora_B.fill_(0.1)
+    tuned, flags = words()
+    assert flags.shape == (1, 1) and not torch.equal(tuned, base)
+    with model.flag_off():
+        assert torch.equal(words()[0], base) and words()[1].shape == (1, 0)
+    model.merge_flag()
+    merged = words()[0]
+    torch.testing.assert_close(merged, tuned, atol=0.05, rtol=0.05)
+    assert not torch.equal(merged, base)
+
+
+def test_answers_of_rows_that_come_and_go(half, tok):
+    """Rows dropped and rows begun: the words are those that model.forward gives, but for its rounding."""
+    model = half
+    prompts = ["hello", "a", "What is this?", "the", "x y z", "b"]
+    answers = list(generate(model, tok, prompts, "off", 20, batch_size=3))
+    for prompt, a in zip(prompts, answers):
+        ids = torch.tensor([tok.render(prompt)[0] + a.tokens])
+        with torch.no_grad():
+            logits = model.logits(model(ids))[0, -len(a.tokens) - 1:-1]
+        chosen = logits.gather(-1, torch.tensor(a.tokens)[:, None])[:, 0]
+        assert (logits.amax(-1) - chosen).max() < 0.05 * logits.std()  # likeliest, or within rounding of it
+
+
+def test_without_a_compiler_the_step_is_the_forward_pass(half, monkeypatch, capsys):
+    decode.kernels.cache_clear()
+    def fail(command, **_):
+        raise FileNotFoundError(f"no {command[0]}")
+    try:
+        with monkeypatch.context() as m:
+            m.setattr(subprocess, "run", fail)
+            assert not isinstance(decode.make_step(half), decode.Decoder)
+            assert not isinstance(decode.make_step(half), decode.Decoder)
+        err = capsys.readouterr().err
+        assert err.count("half the speed") == 1
+    finally:
+        decode.kernels.cache_clear()
