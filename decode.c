@@ -21,20 +21,24 @@ static inline bf16 narrow(float f) {  // to the nearest, ties to even
 
 // y = weight * x / rms(x); x and y (B, C)
 void rms_norm(bf16 *y, const bf16 *x, const bf16 *weight, float eps, int64_t B, int64_t C) {
-    for (int64_t b = 0; b < B; b++, x += C, y += C) {
+#pragma omp parallel for if (B * C > 8000)
+    for (int64_t b = 0; b < B; b++) {
+        const bf16 *from = x + b * C;
         float sum = 0;
-        for (int64_t c = 0; c < C; c++) sum += wide(x[c]) * wide(x[c]);
+        for (int64_t c = 0; c < C; c++) sum += wide(from[c]) * wide(from[c]);
         float scale = 1 / sqrtf(sum / C + eps);
-        for (int64_t c = 0; c < C; c++) y[c] = narrow(wide(weight[c]) * wide(narrow(wide(x[c]) * scale)));
+        for (int64_t c = 0; c < C; c++) y[b * C + c] = narrow(wide(weight[c]) * wide(narrow(wide(from[c]) * scale)));
     }
 }
 
 // y = silu(gate) * up; gate_up (B, 2 I), y (B, I)
 void silu_mul(bf16 *y, const bf16 *gate_up, int64_t B, int64_t I) {
-    for (int64_t b = 0; b < B; b++, gate_up += 2 * I, y += I)
+#pragma omp parallel for if (B * I > 8000)
+    for (int64_t b = 0; b < B; b++)
         for (int64_t i = 0; i < I; i++) {
-            float gate = wide(gate_up[i]), below = gate < -80 ? 80 : -gate;  // fast-math knows no infinity
-            y[i] = narrow(gate / (1 + expf(below)) * wide(gate_up[I + i]));
+            float gate = wide(gate_up[2 * b * I + i]), up = wide(gate_up[(2 * b + 1) * I + i]);
+            float minus = gate < -80 ? 80 : -gate;  // fast-math knows no infinity
+            y[b * I + i] = narrow(gate / (1 + expf(minus)) * up);
         }
 }
 
@@ -59,24 +63,36 @@ void attend(bf16 *y, const bf16 *qkv, bf16 *keys, bf16 *values, const float *cos
             const bf16 *row = qkv + b * (H + 2 * K) * D;
             const float *c = cos + b * D / 2, *s = sin + b * D / 2;
             bf16 *k = keys + (b * K + h) * max_len * D, *v = values + (b * K + h) * max_len * D, rotated[D];
-            int64_t n = at[b] + 1;
-            float q[D], p[n], out[D];
+            int64_t n = at[b] + 1, even = (n + 15) / 16 * 16;  // whole vectors, else all that lies behind p is split
+            float q[G][D], p[G][even], out[G][D], wider[D], scale = 1 / sqrtf(D);
             rotate(k + at[b] * D, row + (H + h) * D, c, s, D);
             memcpy(v + at[b] * D, row + (H + K + h) * D, D * sizeof(bf16));
-            for (int64_t g = h * G; g < (h + 1) * G; g++) {
-                rotate(rotated, row + g * D, c, s, D);
-                for (int64_t d = 0; d < D; d++) q[d] = wide(rotated[d]) / sqrtf(D), out[d] = 0;
-                float top = -3e38f, sum = 0;
-                for (int64_t t = 0; t < n; t++) {
-                    float score = 0;
-                    for (int64_t d = 0; d < D; d++) score += q[d] * wide(k[t * D + d]);
-                    p[t] = score;
-                    top = score > top ? score : top;
-                }
-                for (int64_t t = 0; t < n; t++) sum += p[t] = expf(p[t] - top);
-                for (int64_t t = 0; t < n; t++)
-                    for (int64_t d = 0; d < D; d++) out[d] += p[t] * wide(v[t * D + d]);
-                for (int64_t d = 0; d < D; d++) y[(b * H + g) * D + d] = narrow(out[d] / sum);
+            for (int64_t g = 0; g < G; g++) {
+                rotate(rotated, row + (h * G + g) * D, c, s, D);
+                for (int64_t d = 0; d < D; d++) q[g][d] = scale * wide(rotated[d]), out[g][d] = 0;
             }
+            for (int64_t t = 0; t < n; t++) {
+                for (int64_t d = 0; d < D; d++) wider[d] = wide(k[t * D + d]);
+                for (int64_t g = 0; g < G; g++) {
+                    float score = 0;
+                    for (int64_t d = 0; d < D; d++) score += q[g][d] * wider[d];
+                    p[g][t] = score;
+                }
+            }
+            float sum[G];
+            for (int64_t g = 0; g < G; g++) {
+                float top = p[g][0];
+                for (int64_t t = 1; t < n; t++) top = p[g][t] > top ? p[g][t] : top;
+                sum[g] = 0;
+                for (int64_t t = 0; t < n; t++)  // below -80 floats become denormal, and slow
+                    sum[g] += p[g][t] = expf(p[g][t] - top);
+            }
+            for (int64_t t = 0; t < n; t++) {
+                for (int64_t d = 0; d < D; d++) wider[d] = wide(v[t * D + d]);
+                for (int64_t g = 0; g < G; g++)
+                    for (int64_t d = 0; d < D; d++) out[g][d] += p[g][t] * wider[d];
+            }
+            for (int64_t g = 0; g < G; g++)
+                for (int64_t d = 0; d < D; d++) y[(b * H + h * G + g) * D + d] = narrow(out[g][d] / sum[g]);
         }
 }

@@ -251,6 +251,11 @@ class Cache:
         self.k, self.v = self.k[:, rows], self.v[:, rows]
         self.crop(self.lengths[rows].tolist())
 
+    def copy(self, row, to, n):
+        """The first n tokens of one row (an int) become those of another."""
+        for x in (self.k, self.v):
+            x[:, to, :, :n] = x[:, row, :, :n]
+
     def part(self, rows, lengths):
         """These rows alone (lists of ints), the first `lengths` tokens of each; what is read into them lands here. The
         other rows stay as they are; crop this cache to its new lengths afterwards."""

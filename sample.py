@@ -165,15 +165,19 @@ def generate(model, tok, prompts, mode="stop", max_new_tokens=256, temperature=0
 
 class Memory:
     """A cache, and which ids are in each of its rows, so that nothing is read twice: a row that turns back is cropped,
-    and the next turn of a chat reads only what is new."""
+    the next turn of a chat reads only what is new, and what two rows begin with is copied."""
 
     def __init__(self, model, n, max_len):
         self.cache = Cache(model, n, max_len)
         self.ids = [[] for _ in range(n)]  # read, and one id more
 
     def share(self, b, row):
-        """How many of the row's ids, not counting the last, are in row b of the cache; the rest of it is forgotten."""
-        n = len(os.path.commonprefix([self.ids[b][:-1], row.ids[:-1]]))
+        """How many of the row's ids, not counting the last, are in row b of the cache, once it has what any other row
+        of the cache has of them; the rest of row b is forgotten."""
+        shared = [len(os.path.commonprefix([ids[:-1], row.ids[:-1]])) for ids in self.ids]
+        n = max(shared)
+        if shared[b] < n:
+            self.cache.copy(shared.index(n), b, n)
         self.ids[b] = row.ids[:n + 1]
         return n
 
@@ -190,7 +194,7 @@ def write(model, tok, rows, s, cancel=(), memory=None):
     waiting, slots = deque(rows), [None] * min(s.batch_size, len(rows))
     memory = memory or Memory(model, len(slots), max(row.most_ids() for row in rows))
     batch = make_batch(model, rows, len(slots), s)
-    advance, sync_every = stepper(model, tok, s, batch), s.sync_every or (16 if memory.cache.k.is_cuda else 1)
+    advance, sync_every = stepper(model, tok, s, batch, {row.mode for row in rows}), s.sync_every or (16 if memory.cache.k.is_cuda else 1)
     while True:
         slots = [waiting.popleft() if row is None and waiting else row for row in slots]
         for row in slots:
@@ -237,8 +241,22 @@ def told(row, events, cancel):
 
 def read(model, memory, slots, cancel):
     """Reads what the rows with a prompt not yet read have to read, but for the last id: that one is read by the next
-    step. Gives the events of the prefills, where f is read at every token."""
+    step. Gives the events of the prefills, where f is read at every token.
+
+    The shortest is read first, so that the others can copy what they have in common with it (a system message), and
+    then rows of about the same length side by side, so that there is little padding."""
     unread = [(b, row) for b, row in enumerate(slots) if row and row.unread and not row.stop_reason]
+    length = lambda b_row: len(b_row[1].ids + b_row[1].ahead)
+    groups = []
+    for b_row in sorted(unread, key=length):
+        if len(groups) < 2 or length(b_row) > length(groups[-1][0]) + 8 + length(groups[-1][0]) // 8:
+            groups.append([])
+        groups[-1].append(b_row)
+    for group in groups:
+        yield from read_together(model, memory, group, cancel)
+
+
+def read_together(model, memory, unread, cancel):
     known = [min(memory.share(b, row), row.n_prompt - 1 if row.ahead else row.context) for b, row in unread]
     todo = [(b, row, n) for (b, row), n in zip(unread, known) if n < len(row.ids + row.ahead) - 1]
     ids, hidden, first = [], [], min((n for *_, n in todo), default=0)  # one beginning, so that they fit side by side
@@ -254,7 +272,7 @@ def read(model, memory, slots, cancel):
             yield from told(row, row.begin(flag_prob(words, flags).tolist()), cancel)
 
 
-def stepper(model, tok, s, batch):
+def stepper(model, tok, s, batch, modes):
     """A function cache -> what Batch.step gives: reads each row's last token and chooses the next one."""
     device, home, V = model.embed_tokens.weight.device, batch.state.device, model.config.vocab_size
     stops, bias = torch.tensor(tok.stop_ids, dtype=torch.long, device=home), None
@@ -263,12 +281,13 @@ def stepper(model, tok, s, batch):
         bias[list(s.logit_bias)] = torch.tensor(list(s.logit_bias.values()), dtype=torch.float32)
         bias = bias[:V].to(device)  # a flag's logit is out of reach: it is never drawn, and f is read by then
 
-    step = make_step(model)
+    step, f_off = make_step(model), torch.zeros(1, dtype=torch.float64, device=home)
 
     def advance(cache):
         words, flags = step(batch.token, cache)                                                     # (B, V), (B, F)
         draw = lambda u: choose(words, batch.seen[:, :V].to(device), u.to(device), bias, s).to(home)
-        done = batch.step(flag_prob(words, flags), draw, stops, s.debounce)                         # (3, B)
+        f = flag_prob(words, flags) if modes != {"off"} else f_off.expand(len(words))               # (B,)
+        done = batch.step(f, draw, stops, s.debounce)                                               # (3, B)
         cache.back((batch.state >= FLAGGED).to(device))
         return done
     return advance
