@@ -1,5 +1,5 @@
-// What lies between the matrix products of a step that reads one new token a row (decode.py), in bf16.
-// Shapes: B rows, C hidden, I intermediate, H query heads, K key/value heads, D head dim.
+// What lies between the matrix products of decode.py, in bf16. Shapes: N tokens, B rows with one token each, C hidden, I
+// intermediate, H query heads, K key/value heads, D head dim.
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -19,26 +19,26 @@ static inline bf16 narrow(float f) {  // to the nearest, ties to even
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
-// y = weight * x / rms(x); x and y (B, C)
-void rms_norm(bf16 *y, const bf16 *x, const bf16 *weight, float eps, int64_t B, int64_t C) {
-#pragma omp parallel for if (B * C > 8000)
-    for (int64_t b = 0; b < B; b++) {
-        const bf16 *from = x + b * C;
+// y = weight * x / rms(x); x and y (N, C)
+void rms_norm(bf16 *y, const bf16 *x, const bf16 *weight, float eps, int64_t N, int64_t C) {
+#pragma omp parallel for if (N * C > 8000)
+    for (int64_t n = 0; n < N; n++) {
+        const bf16 *from = x + n * C;
         float sum = 0;
         for (int64_t c = 0; c < C; c++) sum += wide(from[c]) * wide(from[c]);
         float scale = 1 / sqrtf(sum / C + eps);
-        for (int64_t c = 0; c < C; c++) y[b * C + c] = narrow(wide(weight[c]) * wide(narrow(wide(from[c]) * scale)));
+        for (int64_t c = 0; c < C; c++) y[n * C + c] = narrow(wide(weight[c]) * wide(narrow(wide(from[c]) * scale)));
     }
 }
 
-// y = silu(gate) * up; gate_up (B, 2 I), y (B, I)
-void silu_mul(bf16 *y, const bf16 *gate_up, int64_t B, int64_t I) {
-#pragma omp parallel for if (B * I > 8000)
-    for (int64_t b = 0; b < B; b++)
+// y = silu(gate) * up; gate_up (N, 2 I), y (N, I)
+void silu_mul(bf16 *y, const bf16 *gate_up, int64_t N, int64_t I) {
+#pragma omp parallel for if (N * I > 8000)
+    for (int64_t n = 0; n < N; n++)
         for (int64_t i = 0; i < I; i++) {
-            float gate = wide(gate_up[2 * b * I + i]), up = wide(gate_up[(2 * b + 1) * I + i]);
+            float gate = wide(gate_up[2 * n * I + i]), up = wide(gate_up[(2 * n + 1) * I + i]);
             float minus = gate < -80 ? 80 : -gate;  // fast-math knows no infinity
-            y[b * I + i] = narrow(gate / (1 + expf(minus)) * up);
+            y[n * I + i] = narrow(gate / (1 + expf(minus)) * up);
         }
 }
 
@@ -51,26 +51,39 @@ static void rotate(bf16 *y, const bf16 *x, const float *cos, const float *sin, i
     }
 }
 
-// Attention of one query position a row. qkv (B, (H + 2 K) D) is the new token's; its key and value are written into
-// the cache, keys and values (B, K, max_len, D), at place at[b], and all up to there is read. cos, sin (B, D / 2);
-// y (B, H D). longest: of all at[b] + 1, to see whether a second core pays.
-void attend(bf16 *y, const bf16 *qkv, bf16 *keys, bf16 *values, const float *cos, const float *sin, const int64_t *at,
+// qkv (N, (H + 2 K) D) of N new tokens: the queries are turned where they are, keys and values go into the cache, which
+// holds (rows, K, max_len, D) of each, at place at[n] of row rows[n]. cos, sin (N, D / 2).
+void place(bf16 *qkv, bf16 *keys, bf16 *values, const float *cos, const float *sin, const int64_t *at,
+           const int64_t *rows, int64_t N, int64_t H, int64_t K, int64_t D, int64_t max_len) {
+#pragma omp parallel for if (N * (H + 2 * K) * D > 20000)
+    for (int64_t n = 0; n < N; n++) {
+        bf16 *head = qkv + n * (H + 2 * K) * D, turned[D];
+        for (int64_t h = 0; h < H; h++, head += D) {
+            rotate(turned, head, cos + n * D / 2, sin + n * D / 2, D);
+            memcpy(head, turned, D * sizeof(bf16));
+        }
+        for (int64_t h = 0; h < K; h++, head += D) {
+            int64_t there = ((rows[n] * K + h) * max_len + at[n]) * D;
+            rotate(keys + there, head, cos + n * D / 2, sin + n * D / 2, D);
+            memcpy(values + there, head + K * D, D * sizeof(bf16));
+        }
+    }
+}
+
+// Attention of one token a row, placed by now, to all of its row up to place at[b]. y (B, H D). longest: of all
+// at[b] + 1, to see whether a second core pays.
+void attend(bf16 *y, const bf16 *qkv, const bf16 *keys, const bf16 *values, const int64_t *at, const int64_t *rows,
             int64_t B, int64_t H, int64_t K, int64_t D, int64_t max_len, int64_t longest) {
     int64_t G = H / K;  // query heads that share a key/value head
 #pragma omp parallel for collapse(2) if (B * K * longest * D > 30000)
     for (int64_t b = 0; b < B; b++)
         for (int64_t h = 0; h < K; h++) {
-            const bf16 *row = qkv + b * (H + 2 * K) * D;
-            const float *c = cos + b * D / 2, *s = sin + b * D / 2;
-            bf16 *k = keys + (b * K + h) * max_len * D, *v = values + (b * K + h) * max_len * D, rotated[D];
+            const bf16 *query = qkv + (b * (H + 2 * K) + h * G) * D;
+            const bf16 *k = keys + (rows[b] * K + h) * max_len * D, *v = values + (rows[b] * K + h) * max_len * D;
             int64_t n = at[b] + 1, even = (n + 15) / 16 * 16;  // whole vectors, else all that lies behind p is split
-            float q[G][D], p[G][even], out[G][D], wider[D], scale = 1 / sqrtf(D);
-            rotate(k + at[b] * D, row + (H + h) * D, c, s, D);
-            memcpy(v + at[b] * D, row + (H + K + h) * D, D * sizeof(bf16));
-            for (int64_t g = 0; g < G; g++) {
-                rotate(rotated, row + (h * G + g) * D, c, s, D);
-                for (int64_t d = 0; d < D; d++) q[g][d] = scale * wide(rotated[d]), out[g][d] = 0;
-            }
+            float q[G][D], p[G][even], out[G][D], wider[D], sum[G], scale = 1 / sqrtf(D);
+            for (int64_t g = 0; g < G; g++)
+                for (int64_t d = 0; d < D; d++) q[g][d] = scale * wide(query[g * D + d]), out[g][d] = 0;
             for (int64_t t = 0; t < n; t++) {
                 for (int64_t d = 0; d < D; d++) wider[d] = wide(k[t * D + d]);
                 for (int64_t g = 0; g < G; g++) {
@@ -79,13 +92,11 @@ void attend(bf16 *y, const bf16 *qkv, bf16 *keys, bf16 *values, const float *cos
                     p[g][t] = score;
                 }
             }
-            float sum[G];
             for (int64_t g = 0; g < G; g++) {
                 float top = p[g][0];
                 for (int64_t t = 1; t < n; t++) top = p[g][t] > top ? p[g][t] : top;
                 sum[g] = 0;
-                for (int64_t t = 0; t < n; t++)  // below -80 floats become denormal, and slow
-                    sum[g] += p[g][t] = expf(p[g][t] - top);
+                for (int64_t t = 0; t < n; t++) sum[g] += p[g][t] = expf(p[g][t] - top);
             }
             for (int64_t t = 0; t < n; t++) {
                 for (int64_t d = 0; d < D; d++) wider[d] = wide(v[t * D + d]);

@@ -1,12 +1,12 @@
-"""A step of one new token a row, as fast as a CPU's memory allows; `sample.stream` writes answers with it.
+"""Reading tokens as fast as a CPU allows: what `sample.stream` writes answers with.
 
-Such a step reads every weight once and computes little with it, so it is bound by memory, as long as nothing else gets
-in the way. In model.forward much does: PyTorch's bf16 product re-orders the weights at every call, and there are some
-thirty small operators a block, each as dear as a small product. Here the weights are laid out ahead for oneDNN, the
-CPU's matrix library (a copy as large as they are), q, k and v are one product, and so are gate and up; what lies
-between the products is three functions of decode.c, which the machine's C compiler makes at the first use.
+A step of one token a row reads every weight once and computes little with it, so it is bound by memory, as long as
+nothing else gets in the way. In model.forward much does: PyTorch's bf16 product re-orders the weights at every call,
+and there are some thirty small operators a block, each as dear as a small product. Here the weights are laid out ahead
+for oneDNN, the CPU's matrix library (a copy as large as they are), q, k and v are one product, and so are gate and up;
+what lies between the products is four functions of decode.c, which the machine's C compiler makes at the first use.
 
-In fp32, on other devices, and where there is no C compiler, the step is model.forward's.
+In fp32, on other devices, and where there is no C compiler, the model itself reads.
 """
 import ctypes
 import functools
@@ -24,15 +24,13 @@ LEAST_ROWS = 4  # for fewer rows oneDNN takes another way, which is slower than 
 PACKED = weakref.WeakKeyDictionary()  # model -> (which weights, as they were, what they are laid out as)
 
 
-def make_step(model):
-    """A function (token (B,), cache) -> (logits of the words (B, V), of the flags (B, F)), fp32, that reads one token
-    more of every row of a Cache. It holds the adapter as it is now: make another one when that has changed."""
+def fast(model):
+    """What reads like the model: called with (ids (B, T), cache) it gives hidden states, and it has split_logits. It
+    holds the adapter as it is now: make another one when that has changed."""
     weight = model.embed_tokens.weight
-    fast = (weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported() and kernels() is not None)
-    if fast:
-        return Decoder(model)
-    return lambda token, cache: model.split_logits(model(token[:, None].to(weight.device), cache)[:, -1])
+    can = (weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+           and torch.ops.mkldnn._is_mkldnn_bf16_supported() and kernels() is not None)
+    return Fast(model) if can else model
 
 
 @functools.cache
@@ -53,52 +51,61 @@ def kernels():
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     found.rms_norm.argtypes = [pointer] * 3 + [ctypes.c_float] + [size] * 2
     found.silu_mul.argtypes = [pointer] * 2 + [size] * 2
-    found.attend.argtypes = [pointer] * 7 + [size] * 6
-    for function in (found.rms_norm, found.silu_mul, found.attend):
+    found.place.argtypes = [pointer] * 7 + [size] * 5
+    found.attend.argtypes = [pointer] * 6 + [size] * 6
+    for function in (found.rms_norm, found.silu_mul, found.place, found.attend):
         function.restype = None
     return found
 
 
-class Decoder:
-    """The step in bf16 on a CPU: model.forward for T = 1, in 4 products and 4 calls of decode.c a block."""
+class Fast:
+    """The model in bf16 on a CPU: 4 products and 5 other calls a block. Shapes as in model.py; N = B T tokens."""
 
     def __init__(self, model):
         self.model, self.c, self.kernels = model, model.config, kernels()
         packed = iter(pack(model))
-        groups = [group for block in model.layers for group in products(block)]
-        made = [Product(group, next(packed)) for group in groups]
+        made = [Product(group, next(packed)) for block in model.layers for group in products(block)]
         self.blocks = [(block.input_layernorm.weight.data_ptr(), block.post_attention_layernorm.weight.data_ptr(),
                         *made[4 * i:4 * i + 4]) for i, block in enumerate(model.layers)]
         self.head = next(packed)
 
-    def __call__(self, token, cache):
-        c, k, (B,) = self.c, self.kernels, token.shape
-        assert cache.rows == slice(None) and cache.k.is_contiguous() and cache.v.is_contiguous()
-        at, H, K, D = cache.positions(1)[:, 0], c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        angles = at[:, None].float() * self.model.inv_freq                                          # (B, D / 2)
-        cos, sin, n = angles.cos(), angles.sin(), max(B, LEAST_ROWS)
-        where = cos.data_ptr(), sin.data_ptr(), at.data_ptr(), B, H, K, D, cache.max_len, cache.longest + 1
-        x = F.pad(self.model.embed(token), (0, 0, 0, n - B))                                        # (n, C)
-        normed, mixed = torch.zeros_like(x), x.new_zeros(n, H * D)
-        hidden = x.new_zeros(n, c.intermediate_size)
-        keys, values, size = cache.k.data_ptr(), cache.v.data_ptr(), cache.k[0].numel() * cache.k.element_size()
-        to_norm, to_attend, to_down = normed.data_ptr(), mixed.data_ptr(), hidden.data_ptr()
-        for norm_1, norm_2, qkv_proj, o_proj, gate_up_proj, down_proj in self.blocks:
-            k.rms_norm(to_norm, x.data_ptr(), norm_1, c.rms_norm_eps, B, c.hidden_size)
+    def __call__(self, ids, cache):
+        """Final hidden states (B, T, C) of ids (B, T), which continue what the cache holds."""
+        c, k, (B, T), positions = self.c, self.kernels, ids.shape, cache.positions(ids.shape[1])
+        N, H, K, D = B * T, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        mask = cache.visible(positions) if cache.longest else None
+        at = positions.reshape(-1)                                                                  # (N,)
+        rows = torch.arange(cache.k.shape[1])[cache.rows].repeat_interleave(T)                      # (N,)
+        angles = at[:, None].float() * self.model.inv_freq                                          # (N, D / 2)
+        cos, sin, sizes = angles.cos(), angles.sin(), (H, K, D, cache.max_len)
+        x = F.pad(self.model.embed(ids).view(N, -1), (0, 0, 0, max(LEAST_ROWS - N, 0)))             # (n, C)
+        normed, mixed, hidden = torch.zeros_like(x), x.new_zeros(len(x), H * D), x.new_zeros(len(x), c.intermediate_size)
+        for i, (norm_1, norm_2, qkv_proj, o_proj, gate_up_proj, down_proj) in enumerate(self.blocks):
+            keys, values = cache.k[i].data_ptr(), cache.v[i].data_ptr()
+            k.rms_norm(normed.data_ptr(), x.data_ptr(), norm_1, c.rms_norm_eps, N, c.hidden_size)
             qkv = qkv_proj(normed)                                                                  # (n, (H + 2 K) D)
-            k.attend(to_attend, qkv.data_ptr(), keys, values, *where)
+            k.place(qkv.data_ptr(), keys, values, cos.data_ptr(), sin.data_ptr(), at.data_ptr(), rows.data_ptr(), N, *sizes)
+            if T == 1:
+                k.attend(mixed.data_ptr(), qkv.data_ptr(), keys, values, at.data_ptr(), rows.data_ptr(), B, *sizes,
+                         cache.longest + 1)
+            else:
+                q = qkv[:N].view(B, T, -1, D)[:, :, :H].transpose(1, 2)                             # (B, H, T, D)
+                y = F.scaled_dot_product_attention(q, *cache.read(i, T), mask, is_causal=mask is None, enable_gqa=True)
+                mixed[:N].view(B, T, H, D).copy_(y.transpose(1, 2))
             x = o_proj(mixed, add=x)
-            k.rms_norm(to_norm, x.data_ptr(), norm_2, c.rms_norm_eps, B, c.hidden_size)
+            k.rms_norm(normed.data_ptr(), x.data_ptr(), norm_2, c.rms_norm_eps, N, c.hidden_size)
             gate_up = gate_up_proj(normed)                                                          # (n, 2 I)
-            k.silu_mul(to_down, gate_up.data_ptr(), B, c.intermediate_size)
+            k.silu_mul(hidden.data_ptr(), gate_up.data_ptr(), N, c.intermediate_size)
             x = down_proj(hidden, add=x)
-            keys, values = keys + size, values + size
-        cache.advance(1)
-        k.rms_norm(to_norm, x.data_ptr(), self.model.norm.weight.data_ptr(), c.rms_norm_eps, B, c.hidden_size)
-        words = linear(normed, self.head)[:B].float()                                               # (B, V)
-        return words, self.model.flag_logits(normed[:B])
+        cache.advance(T)
+        k.rms_norm(normed.data_ptr(), x.data_ptr(), self.model.norm.weight.data_ptr(), c.rms_norm_eps, N, c.hidden_size)
+        return normed[:N].view(B, T, -1)
 
-
+    def split_logits(self, hidden):
+        """As the model's, of (..., C)."""
+        x = hidden.reshape(-1, hidden.shape[-1])
+        x = linear(F.pad(x, (0, 0, 0, max(LEAST_ROWS - len(x), 0))), self.head)[:len(x)]            # (N, V)
+        return x.float().view(*hidden.shape[:-1], -1), self.model.flag_logits(hidden)
 class Product:
     """Several linear layers that read the same input, as one: y = W x + b + B A x. A and B are small."""
 

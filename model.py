@@ -274,7 +274,15 @@ class Cache:
         rows = torch.arange(self.k.shape[1], device=k.device)[self.rows, None]      # (B, 1)
         self.k[layer][rows, :, where] = k.transpose(1, 2)
         self.v[layer][rows, :, where] = v.transpose(1, 2)
-        return tuple(x[layer, self.rows, :, :self.longest + T] for x in (self.k, self.v))
+        return self.read(layer, T)
+
+    def read(self, layer, n_new):
+        return tuple(x[layer, self.rows, :, :self.longest + n_new] for x in (self.k, self.v))
+
+    def visible(self, positions):
+        """Which places new tokens at these positions (B, T) see: (B, 1, T, S+T)."""
+        longest = self.longest + positions.shape[1]
+        return torch.arange(longest, device=positions.device) <= positions[:, None, :, None]
 
     def advance(self, n_new):
         self.lengths, self.longest = self.lengths + n_new, self.longest + n_new
@@ -333,7 +341,7 @@ class Llama(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         mask = None  # a fresh sequence is plainly causal
         if cache is not None and cache.longest:
-            mask = torch.arange(cache.longest + n_new, device=device) <= positions[:, None, :, None]  # (B, 1, T, S+T)
+            mask = cache.visible(positions)                                         # (B, 1, T, S+T)
         whole = last is None
         for i in range(first, len(self.layers) if whole else last):
             x = self.layers[i](x, cos, sin, mask, cache, i)

@@ -43,7 +43,7 @@ import torch
 
 from answer import BRANCHING, BUFFER, DONE, FLAGGED, FORCED, MODES, NORMAL, Row
 from cli import option, parse, run
-from decode import make_step
+from decode import fast
 from model import Cache, Llama
 from objective import flag_prob, pad
 from page import write_page
@@ -194,13 +194,14 @@ def write(model, tok, rows, s, cancel=(), memory=None):
     waiting, slots = deque(rows), [None] * min(s.batch_size, len(rows))
     memory = memory or Memory(model, len(slots), max(row.most_ids() for row in rows))
     batch = make_batch(model, rows, len(slots), s)
-    advance, sync_every = stepper(model, tok, s, batch, {row.mode for row in rows}), s.sync_every or (16 if memory.cache.k.is_cuda else 1)
+    reader, sync_every = fast(model), s.sync_every or (16 if memory.cache.k.is_cuda else 1)
+    advance = stepper(model, reader, tok, s, batch, {row.mode for row in rows})
     while True:
         slots = [waiting.popleft() if row is None and waiting else row for row in slots]
         for row in slots:
             if row and row.i in cancel and not row.stop_reason:
                 yield from row.cancel()
-        yield from read(model, memory, slots, cancel)
+        yield from read(reader, memory, slots, cancel)
         slots = [row if row and not row.stop_reason else None for row in slots]
         alive = [b for b, row in enumerate(slots) if row]
         if len(alive) < len(slots) and waiting or any(slots[b].unread for b in alive):
@@ -239,7 +240,7 @@ def told(row, events, cancel):
             return
 
 
-def read(model, memory, slots, cancel):
+def read(reader, memory, slots, cancel):
     """Reads what the rows with a prompt not yet read have to read, but for the last id: that one is read by the next
     step. Gives the events of the prefills, where f is read at every token.
 
@@ -253,26 +254,26 @@ def read(model, memory, slots, cancel):
             groups.append([])
         groups[-1].append(b_row)
     for group in groups:
-        yield from read_together(model, memory, group, cancel)
+        yield from read_together(reader, memory, group, cancel)
 
 
-def read_together(model, memory, unread, cancel):
+def read_together(reader, memory, unread, cancel):
     known = [min(memory.share(b, row), row.n_prompt - 1 if row.ahead else row.context) for b, row in unread]
     todo = [(b, row, n) for (b, row), n in zip(unread, known) if n < len(row.ids + row.ahead) - 1]
     ids, hidden, first = [], [], min((n for *_, n in todo), default=0)  # one beginning, so that they fit side by side
     if todo:
         ids = [(row.ids + row.ahead)[first:-1] for _, row, _ in todo]
         part = memory.cache.part([b for b, *_ in todo], [first] * len(todo))
-        hidden = model(pad(ids, memory.cache.k.device), part)                                       # (B, T, C)
+        hidden = reader(pad(ids, memory.cache.k.device), part)                                      # (B, T, C)
     for b, row in unread:
         memory.ids[b], row.unread = row.ids, False  # the same list, which grows and shrinks with the row
     for (_, row, _), x, h in zip(todo, ids, hidden):
         if row.ahead:
-            words, flags = model.split_logits(h[row.n_prompt - 1 - first:len(x)])
+            words, flags = reader.split_logits(h[row.n_prompt - 1 - first:len(x)])
             yield from told(row, row.begin(flag_prob(words, flags).tolist()), cancel)
 
 
-def stepper(model, tok, s, batch, modes):
+def stepper(model, reader, tok, s, batch, modes):
     """A function cache -> what Batch.step gives: reads each row's last token and chooses the next one."""
     device, home, V = model.embed_tokens.weight.device, batch.state.device, model.config.vocab_size
     stops, bias = torch.tensor(tok.stop_ids, dtype=torch.long, device=home), None
@@ -281,10 +282,11 @@ def stepper(model, tok, s, batch, modes):
         bias[list(s.logit_bias)] = torch.tensor(list(s.logit_bias.values()), dtype=torch.float32)
         bias = bias[:V].to(device)  # a flag's logit is out of reach: it is never drawn, and f is read by then
 
-    step, f_off = make_step(model), torch.zeros(1, dtype=torch.float64, device=home)
+    f_off = torch.zeros(1, dtype=torch.float64, device=home)
 
     def advance(cache):
-        words, flags = step(batch.token, cache)                                                     # (B, V), (B, F)
+        hidden = reader(batch.token[:, None].to(device), cache)[:, -1]                              # (B, C)
+        words, flags = reader.split_logits(hidden)                                                  # (B, V), (B, F)
         draw = lambda u: choose(words, batch.seen[:, :V].to(device), u.to(device), bias, s).to(home)
         f = flag_prob(words, flags) if modes != {"off"} else f_off.expand(len(words))               # (B,)
         done = batch.step(f, draw, stops, s.debounce)                                               # (3, B)

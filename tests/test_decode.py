@@ -1,4 +1,4 @@
-"""The fast step on a CPU against model.forward and against PyTorch's own operators, in bf16."""
+"""Fast reading on a CPU against model.forward and against PyTorch's own operators, in bf16."""
 import subprocess
 
 import pytest
@@ -51,18 +51,22 @@ def test_attend(at, K, G, D, seed):
     qkv = random(seed, B, (H + 2 * K) * D).bfloat16()
     keys, values = (random(seed + i, B, K, max_len, D).bfloat16() for i in (1, 2))
     angles, y = random(seed + 3, B, D // 2), torch.empty(B, H * D, dtype=torch.bfloat16)
-    cos, sin, before = angles.cos(), angles.sin(), (keys.clone(), values.clone())
-    decode.kernels().attend(*(x.data_ptr() for x in (y, qkv, keys, values, cos, sin, at)), B, H, K, D, max_len,
-                            int(at.max()) + 1)
-    heads, b = qkv.view(B, H + 2 * K, 1, D).double(), torch.arange(B)
+    cos, sin, given = angles.cos(), angles.sin(), qkv.clone()
+    b = torch.randperm(B + 1, generator=torch.Generator().manual_seed(seed))[:B]  # of the rows of a larger cache
+    keys, values = (torch.cat([x, x[:1]]) for x in (keys, values))
+    before = keys.clone(), values.clone()
+    pointers = lambda *tensors: [x.data_ptr() for x in tensors]
+    decode.kernels().place(*pointers(qkv, keys, values, cos, sin, at, b), B, H, K, D, max_len)
+    decode.kernels().attend(*pointers(y, qkv, keys, values, at, b), B, H, K, D, max_len, int(at.max()) + 1)
+    heads = given.view(B, H + 2 * K, 1, D).double()
     turned = rotate(heads, *(x.double().repeat(1, 2)[:, None, None] for x in (cos, sin)))
     close(keys[b, :, at], turned[:, H:H + K, 0])
-    assert torch.equal(values[b, :, at], qkv.view(B, H + 2 * K, D)[:, H + K:])
+    assert torch.equal(values[b, :, at], given.view(B, H + 2 * K, D)[:, H + K:])
     for x, old in zip((keys, values), before):  # nothing else has been written
         old[b, :, at] = x[b, :, at]
         assert torch.equal(x, old)
     mask = (torch.arange(max_len) <= at[:, None])[:, None, None]
-    wanted = F.scaled_dot_product_attention(turned[:, :H], keys.double(), values.double(), mask, enable_gqa=True)
+    wanted = F.scaled_dot_product_attention(turned[:, :H], keys[b].double(), values[b].double(), mask, enable_gqa=True)
     torch.testing.assert_close(y.double(), wanted.reshape(B, -1), atol=2e-2, rtol=2e-2)
 
 
@@ -74,7 +78,7 @@ def half(tiny):
 @pytest.mark.parametrize("kind, config", [("Llama", {}), ("Llama", {"tie_word_embeddings": True}), ("Qwen2", {}),
                                           ("Llama", {"attention_bias": True, "mlp_bias": True})])
 @pytest.mark.parametrize("rank, B", [(None, 1), (0, 3), (4, 3), (4, 6)])
-def test_a_step_errs_no_more_than_the_forward_pass_in_bf16(tmp_path, kind, config, rank, B):
+def test_it_errs_no_more_than_the_forward_pass_in_bf16(tmp_path, kind, config, rank, B):
     write_checkpoint(tmp_path, kind, **config)
     exact, model = (Llama.from_pretrained(tmp_path, dtype, "cpu") for dtype in (torch.float32, torch.bfloat16))
     for m in (exact, model) if rank is not None else ():
@@ -86,26 +90,28 @@ def test_a_step_errs_no_more_than_the_forward_pass_in_bf16(tmp_path, kind, confi
     ids = torch.randint(3, 200, (B, 12), generator=torch.Generator().manual_seed(1))
     found, errors = {}, {}
     with torch.no_grad():
-        plain = lambda m: lambda token, cache: m.split_logits(m(token[:, None], cache)[:, -1])
-        for name, m, step in (("exact", exact, plain(exact)), ("plain", model, plain(model)),
-                              ("fast", model, decode.make_step(model))):
-            cache = Cache(m, B, 20)
-            m(ids[:, :9], cache)
-            cache.crop(lengths)
-            found[name] = [torch.cat(step(ids[:, 9 + t], cache), -1) for t in range(3)]
-    assert isinstance(decode.make_step(model), decode.Decoder)
+        for name, m in (("exact", exact), ("plain", model), ("fast", decode.fast(model))):
+            cache = Cache(model if name == "fast" else m, B + 1, 20)
+            part, found[name] = cache.part(list(range(B, 0, -1)), [0] * B), []
+            for t, n in ((0, 9), (9, 1), (10, 1), (11, 3)):  # a prompt, steps from there, and several tokens at once
+                hidden = m(ids[:, t:t + n], part)
+                found[name].append(torch.cat(m.split_logits(hidden[:, -2:]), -1))
+                if t == 0:
+                    part.crop(lengths)
+    assert isinstance(decode.fast(model), decode.Fast)
     for name in ("plain", "fast"):
         errors[name] = torch.stack([(a - b).square().mean() for a, b in zip(found[name], found["exact"])]).mean().sqrt()
     assert found["fast"][0].shape == found["exact"][0].shape and found["fast"][0].dtype == torch.float32
     assert errors["fast"] < 1.25 * errors["plain"] < 0.1 * found["exact"][0].std()
 
 
-def test_the_step_follows_the_adapter_and_the_weights(half):
+def test_it_follows_the_adapter_and_the_weights(half):
     model = half
     def words():
         cache = Cache(model, 1, 8)
         with torch.no_grad():
-            return decode.make_step(model)(torch.tensor([5]), cache)
+            reader = decode.fast(model)
+            return reader.split_logits(reader(torch.tensor([[5, 9, 4]]), cache)[:, -1])
     base, no_flags = words()
     assert no_flags.shape == (1, 0)
     model.add_flag(rank=4)
@@ -118,7 +124,7 @@ def test_the_step_follows_the_adapter_and_the_weights(half):
         assert torch.equal(words()[0], base) and words()[1].shape == (1, 0)
     model.merge_flag()
     merged = words()[0]
-    torch.testing.assert_close(merged, tuned, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(merged, tuned, atol=0.15, rtol=0.05)
     assert not torch.equal(merged, base)
 
 
@@ -135,15 +141,15 @@ def test_answers_of_rows_that_come_and_go(half, tok):
         assert (logits.amax(-1) - chosen).max() < 0.05 * logits.std()  # likeliest, or within rounding of it
 
 
-def test_without_a_compiler_the_step_is_the_forward_pass(half, monkeypatch, capsys):
+def test_without_a_compiler_the_model_itself_reads(half, monkeypatch, capsys):
     decode.kernels.cache_clear()
     def fail(command, **_):
         raise FileNotFoundError(f"no {command[0]}")
     try:
         with monkeypatch.context() as m:
             m.setattr(subprocess, "run", fail)
-            assert not isinstance(decode.make_step(half), decode.Decoder)
-            assert not isinstance(decode.make_step(half), decode.Decoder)
+            assert decode.fast(half) is half
+            assert decode.fast(half) is half
         err = capsys.readouterr().err
         assert err.count("half the speed") == 1
     finally:
