@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from model import visible
+
 LEAST_ROWS = 4  # for fewer rows oneDNN takes another way, which is slower than that for four
 PACKED = weakref.WeakKeyDictionary()  # model -> (which weights, as they were, what they are laid out as)
 
@@ -73,7 +75,7 @@ class Fast:
         """Final hidden states (B, T, C) of ids (B, T), which continue what the cache holds."""
         c, k, (B, T), positions = self.c, self.kernels, ids.shape, cache.positions(ids.shape[1])
         N, H, K, D = B * T, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        mask = cache.visible(positions) if cache.longest else None
+        mask = visible(positions, cache.longest) if cache.longest else None
         at = positions.reshape(-1)                                                                  # (N,)
         rows = torch.arange(cache.k.shape[1])[cache.rows].repeat_interleave(T)                      # (N,)
         angles = at[:, None].float() * self.model.inv_freq                                          # (N, D / 2)

@@ -169,6 +169,11 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
+def visible(positions, longest):
+    """Which of the S+T places in a cache new tokens at these positions (B, T) see, S being `longest`: (B, 1, T, S+T)."""
+    return torch.arange(longest + positions.shape[1], device=positions.device) <= positions[:, None, :, None]
+
+
 def attend(q, k, v, mask):
     """Attention of q (B, H, T, D) to k, v (B, K, S+T, D); mask None is plainly causal."""
     if q.device.type == "cpu" and torch.is_grad_enabled():
@@ -279,11 +284,6 @@ class Cache:
     def read(self, layer, n_new):
         return tuple(x[layer, self.rows, :, :self.longest + n_new] for x in (self.k, self.v))
 
-    def visible(self, positions):
-        """Which places new tokens at these positions (B, T) see: (B, 1, T, S+T)."""
-        longest = self.longest + positions.shape[1]
-        return torch.arange(longest, device=positions.device) <= positions[:, None, :, None]
-
     def advance(self, n_new):
         self.lengths, self.longest = self.lengths + n_new, self.longest + n_new
 
@@ -341,7 +341,7 @@ class Llama(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         mask = None  # a fresh sequence is plainly causal
         if cache is not None and cache.longest:
-            mask = cache.visible(positions)                                         # (B, 1, T, S+T)
+            mask = visible(positions, cache.longest)                                # (B, 1, T, S+T)
         whole = last is None
         for i in range(first, len(self.layers) if whole else last):
             x = self.layers[i](x, cos, sin, mask, cache, i)
