@@ -298,3 +298,12 @@ class Row:
             self.piece(token)
         if spent:
             yield Event(self.i, "takeback", n, state="flagged", spent=spent)
+
+
+def told(row, events, cancel):
+    """The row's events, unless it is cancelled between two of them; then its end."""
+    for e in events:
+        yield e
+        if row.i in cancel and not row.stop_reason:
+            yield from row.cancel()
+            return

@@ -7,9 +7,10 @@ import sys
 
 from answer import BRANCHING, MODES, Row
 from cli import say
+from memory import Memory
 from prompts import Settings
 from reflect import read_demos
-from sample import Memory, show, write
+from sample import show, write
 
 COMMANDS = "/mode NAME, /threshold X, /reset, /quit"
 
