@@ -62,7 +62,7 @@ def flag_place(f, threshold, debounce):
     above it the list ends with)."""
     run = 0
     for t, x in enumerate(f):
-        run = run + 1 if x > threshold else 0
+        run = 0 if x <= threshold else run + 1  # NaN is above
         if run == debounce:
             return t, run
     return None, run
@@ -301,9 +301,12 @@ class Row:
 
 
 def told(row, events, cancel):
-    """The row's events, unless it is cancelled between two of them; then its end."""
-    for e in events:
-        yield e
-        if row.i in cancel and not row.stop_reason:
-            yield from row.cancel()
+    """The row's events, unless it is cancelled before or between them; then its end."""
+    events = iter(events)
+    while row.i not in cancel:
+        e = next(events, None)
+        if e is None:
             return
+        yield e
+    if not row.stop_reason:
+        yield from row.cancel()

@@ -48,7 +48,7 @@ class BenchConfig:
     def problems(self):
         problems = [f"--{name} is {value}, wanted {least} or more" for name, value, least in
                     (("new", self.new, 2), ("rounds", self.rounds, 1), ("long", self.long, 100)) if value < least]
-        if not all(b.isdigit() and int(b) for b in self.batch.split(",")):
+        if not all(b.isdecimal() and int(b) for b in self.batch.split(",")):
             problems.append(f"--batch is {self.batch!r}, wanted numbers with commas between")
         if self.shape is not None and self.shape not in SHAPES:
             problems.append(f"--shape is {self.shape!r}, wanted one of {', '.join(SHAPES)}")
@@ -261,8 +261,9 @@ def main():
     what, argv = (sys.argv[1:] + ["--help"])[0], sys.argv[2:]
     if what not in ("decode", "--help"):
         raise ValueError(f"{what!r} is no benchmark: wanted decode (see --help)")
-    found = decode(parse(BenchConfig, argv if what == "decode" else ["--help"], __doc__))
-    print(json.dumps(found) if "--json" in argv else "\n".join(table(found)))
+    config = parse(BenchConfig, argv if what == "decode" else ["--help"], __doc__)
+    found = decode(config)
+    print(json.dumps(found) if config.json else "\n".join(table(found)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from prompts import Settings
 from reflect import read_demos
 from sample import show, write
 
+CONTEXT = 16_384  # tokens of a chat at most: the cache is as long from the start
 COMMANDS = "/mode NAME, /threshold X, /reset, /quit"
 
 
@@ -21,7 +22,8 @@ class Conversation:
     def __init__(self, model, tok, settings, system=None):
         self.model, self.tok, self.system, self.settings = model, tok, system, settings
         self.turns = []  # (the user's text, ids of the answer, with the flags in it)
-        self.memory = Memory(model, 1, model.config.max_position_embeddings)
+        self.limit = min(model.config.max_position_embeddings, CONTEXT)
+        self.memory = Memory(model, 1, self.limit)
         self.set(threshold=model.threshold if settings.threshold is None else settings.threshold)
 
     def set(self, **change):
@@ -50,10 +52,10 @@ class Conversation:
         """Events of the answer. Raises ValueError for an empty text, and where the context is full."""
         if not text.strip():
             raise ValueError("nothing was asked: wanted a question, or a command: " + COMMANDS)
-        s, limit = self.settings, self.model.config.max_position_embeddings
+        s, limit = self.settings, self.limit
         ids, shown = self.ids(text, ""), self.ids(text, self.demos.text) if self.demos else []
         if len(ids) >= limit:
-            raise ValueError(f"the chat has {len(ids)} tokens, and the model's context holds {limit}: /reset it")
+            raise ValueError(f"the chat has {len(ids)} tokens, and there is room for {limit}: /reset it")
         return self.answer(Row(len(self.turns), text, ids, [], s.mode, s, self.tok, self.demos, shown, limit))
 
     def answer(self, row):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 
+import torch
 
 MISSING = object()  # argparse takes its own SUPPRESS for "not given", and would leave the default in place
 
@@ -95,7 +96,7 @@ def run(main):
     except BrokenPipeError:  # the reader of our output has gone (`| head`): nothing to tell anybody
         sys.stderr.close()
         sys.exit(141)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 // intermediate, H query heads, K key/value heads, D head dim.
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 typedef uint16_t bf16;  // the upper half of a float
@@ -51,9 +52,9 @@ static void rotate(bf16 *y, const bf16 *x, const float *cos, const float *sin, i
     }
 }
 
-// qkv (N, (H + 2 K) D) of N new tokens: the queries are turned where they are, keys and values go into the cache, which
+// qkv (N, (H + 2 K) D) is N new tokens': the queries are turned where they are, keys and values go into the cache, which
 // holds (rows, K, max_len, D) of each, at place at[n] of row rows[n]. cos, sin (N, D / 2).
-void place(bf16 *qkv, bf16 *keys, bf16 *values, const float *cos, const float *sin, const int64_t *at,
+void write_cache(bf16 *qkv, bf16 *keys, bf16 *values, const float *cos, const float *sin, const int64_t *at,
            const int64_t *rows, int64_t N, int64_t H, int64_t K, int64_t D, int64_t max_len) {
 #pragma omp parallel for if (N * (H + 2 * K) * D > 20000)
     for (int64_t n = 0; n < N; n++) {
@@ -70,7 +71,7 @@ void place(bf16 *qkv, bf16 *keys, bf16 *values, const float *cos, const float *s
     }
 }
 
-// Attention of one token a row, placed by now, to all of its row up to place at[b]. y (B, H D). longest: of all
+// Attention of one token a row, in the cache by now, to all of its row up to place at[b]. y (B, H D). longest: of all
 // at[b] + 1, to see whether a second core pays.
 void attend(bf16 *y, const bf16 *qkv, const bf16 *keys, const bf16 *values, const int64_t *at, const int64_t *rows,
             int64_t B, int64_t H, int64_t K, int64_t D, int64_t max_len, int64_t longest) {
@@ -80,8 +81,9 @@ void attend(bf16 *y, const bf16 *qkv, const bf16 *keys, const bf16 *values, cons
         for (int64_t h = 0; h < K; h++) {
             const bf16 *query = qkv + (b * (H + 2 * K) + h * G) * D;
             const bf16 *k = keys + (rows[b] * K + h) * max_len * D, *v = values + (rows[b] * K + h) * max_len * D;
-            int64_t n = at[b] + 1, even = (n + 15) / 16 * 16;  // whole vectors, else all that lies behind p is split
-            float q[G][D], p[G][even], out[G][D], wider[D], sum[G], scale = 1 / sqrtf(D);
+            int64_t n = at[b] + 1;
+            float q[G][D], out[G][D], wider[D], sum[G], scale = 1 / sqrtf(D);
+            float(*p)[n] = malloc(G * n * sizeof(float));  // a long context's does not fit on the stack
             for (int64_t g = 0; g < G; g++)
                 for (int64_t d = 0; d < D; d++) q[g][d] = scale * wide(query[g * D + d]), out[g][d] = 0;
             for (int64_t t = 0; t < n; t++) {
@@ -105,5 +107,6 @@ void attend(bf16 *y, const bf16 *qkv, const bf16 *keys, const bf16 *values, cons
             }
             for (int64_t g = 0; g < G; g++)
                 for (int64_t d = 0; d < D; d++) y[(b * H + h * G + g) * D + d] = narrow(out[g][d] / sum[g]);
+            free(p);
         }
 }

@@ -39,41 +39,45 @@ def fast(model):
 def kernels():
     """decode.c, compiled for this machine; None where that does not work, with a line on stderr."""
     source, compiler = Path(__file__).resolve().with_name("decode.c"), shutil.which("cc") or "cc"
-    with tempfile.TemporaryDirectory() as tmp:
-        compiled, library = f"{tmp}/decode.o", f"{tmp}/decode.so"
-        try:  # linked without OpenMP, so as to share PyTorch's threads, and without fast-math, which would change
-            # how this whole process rounds numbers next to 0
+    try:
+        with tempfile.TemporaryDirectory() as tmp:
+            compiled, library = f"{tmp}/decode.o", f"{tmp}/decode.so"
+            # linked without OpenMP, so as to share PyTorch's threads, and without fast-math, which would change how this
+            # whole process rounds numbers next to 0
             subprocess.run([compiler, "-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c", source, "-o",
-                            compiled], check=True, capture_output=True)
-            subprocess.run([compiler, "-shared", compiled, "-o", library, "-lm"], check=True, capture_output=True)
+                            compiled], check=True, capture_output=True, text=True)
+            subprocess.run([compiler, "-shared", compiled, "-o", library, "-lm"], check=True, capture_output=True, text=True)
             found = ctypes.CDLL(library)
-        except (OSError, subprocess.CalledProcessError) as e:
-            print(f"decode.c could not be compiled, so answers come at half the speed: {e}", file=sys.stderr)
-            return None
+    except (OSError, subprocess.CalledProcessError) as e:
+        why = (getattr(e, "stderr", None) or str(e)).strip().splitlines()[0]
+        print(f"decode.c could not be compiled, so answers come at half the speed: {why}", file=sys.stderr)
+        return None
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     found.rms_norm.argtypes = [pointer] * 3 + [ctypes.c_float] + [size] * 2
     found.silu_mul.argtypes = [pointer] * 2 + [size] * 2
-    found.place.argtypes = [pointer] * 7 + [size] * 5
+    found.write_cache.argtypes = [pointer] * 7 + [size] * 5
     found.attend.argtypes = [pointer] * 6 + [size] * 6
-    for function in (found.rms_norm, found.silu_mul, found.place, found.attend):
+    for function in (found.rms_norm, found.silu_mul, found.write_cache, found.attend):
         function.restype = None
     return found
 
 
 class Fast:
-    """The model in bf16 on a CPU: 4 products and 5 other calls a block. Shapes as in model.py; N = B T tokens."""
+    """The model in bf16 on a CPU: 4 products (and LoRA's) and 4 or 5 other calls a block. Shapes as in model.py; N = B T tokens."""
 
     def __init__(self, model):
         self.model, self.c, self.kernels = model, model.config, kernels()
         packed = iter(pack(model))
         made = [Product(group, next(packed)) for block in model.layers for group in products(block)]
-        self.blocks = [(block.input_layernorm.weight.data_ptr(), block.post_attention_layernorm.weight.data_ptr(),
-                        *made[4 * i:4 * i + 4]) for i, block in enumerate(model.layers)]
+        self.blocks = [(block.input_layernorm.weight, block.post_attention_layernorm.weight, *made[4 * i:4 * i + 4])
+                       for i, block in enumerate(model.layers)]
+        assert all(block[0].dtype == block[1].dtype == torch.bfloat16 for block in self.blocks)
         self.head = next(packed)
 
     def __call__(self, ids, cache):
         """Final hidden states (B, T, C) of ids (B, T), which continue what the cache holds."""
         c, k, (B, T), positions = self.c, self.kernels, ids.shape, cache.positions(ids.shape[1])
+        assert cache.k.is_contiguous() and cache.v.is_contiguous() and int(positions.max()) < cache.max_len
         N, H, K, D = B * T, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         mask = visible(positions, cache.longest) if cache.longest else None
         at = positions.reshape(-1)                                                                  # (N,)
@@ -84,9 +88,9 @@ class Fast:
         normed, mixed, hidden = torch.zeros_like(x), x.new_zeros(len(x), H * D), x.new_zeros(len(x), c.intermediate_size)
         for i, (norm_1, norm_2, qkv_proj, o_proj, gate_up_proj, down_proj) in enumerate(self.blocks):
             keys, values = cache.k[i].data_ptr(), cache.v[i].data_ptr()
-            k.rms_norm(normed.data_ptr(), x.data_ptr(), norm_1, c.rms_norm_eps, N, c.hidden_size)
+            k.rms_norm(normed.data_ptr(), x.data_ptr(), norm_1.data_ptr(), c.rms_norm_eps, N, c.hidden_size)
             qkv = qkv_proj(normed)                                                                  # (n, (H + 2 K) D)
-            k.place(qkv.data_ptr(), keys, values, cos.data_ptr(), sin.data_ptr(), at.data_ptr(), rows.data_ptr(), N, *sizes)
+            k.write_cache(qkv.data_ptr(), keys, values, cos.data_ptr(), sin.data_ptr(), at.data_ptr(), rows.data_ptr(), N, *sizes)
             if T == 1:
                 k.attend(mixed.data_ptr(), qkv.data_ptr(), keys, values, at.data_ptr(), rows.data_ptr(), B, *sizes,
                          cache.longest + 1)
@@ -95,7 +99,7 @@ class Fast:
                 y = F.scaled_dot_product_attention(q, *cache.read(i, T), mask, is_causal=mask is None, enable_gqa=True)
                 mixed[:N].view(B, T, H, D).copy_(y.transpose(1, 2))
             x = o_proj(mixed, add=x)
-            k.rms_norm(normed.data_ptr(), x.data_ptr(), norm_2, c.rms_norm_eps, N, c.hidden_size)
+            k.rms_norm(normed.data_ptr(), x.data_ptr(), norm_2.data_ptr(), c.rms_norm_eps, N, c.hidden_size)
             gate_up = gate_up_proj(normed)                                                          # (n, 2 I)
             k.silu_mul(hidden.data_ptr(), gate_up.data_ptr(), N, c.intermediate_size)
             x = down_proj(hidden, add=x)
@@ -108,6 +112,8 @@ class Fast:
         x = hidden.reshape(-1, hidden.shape[-1])
         x = linear(F.pad(x, (0, 0, 0, max(LEAST_ROWS - len(x), 0))), self.head)[:len(x)]            # (N, V)
         return x.float().view(*hidden.shape[:-1], -1), self.model.flag_logits(hidden)
+
+
 class Product:
     """Several linear layers that read the same input, as one: y = W x + b + B A x. A and B are small."""
 
@@ -135,10 +141,11 @@ def products(block):
 
 
 def pack(model):
-    """The frozen weights as oneDNN wants them, four a block and the head; kept for as long as the model lives."""
+    """The frozen weights as oneDNN wants them, four a block and the head; kept for as long as the model lives, and made
+    anew where a weight was changed in place (but for changes by way of `.data`, which nothing can see)."""
     head = (model.embed_tokens if model.config.tie_word_embeddings else model.lm_head).weight
     groups = [[layer.weight for layer in group] for block in model.layers for group in products(block)] + [[head]]
-    state = [(w.data_ptr(), w._version) for group in groups for w in group]
+    state = [(w.data_ptr(), None if w.is_inference() else w._version) for group in groups for w in group]
     if model not in PACKED or PACKED[model][0] != state:
         PACKED[model] = state, [lay_out(torch.cat([w.detach() for w in group])) for group in groups]
     return PACKED[model][1]

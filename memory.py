@@ -12,9 +12,9 @@ class Memory:
 
     def __init__(self, model, n, max_len):
         self.cache = Cache(model, n, max_len)
-        self.ids = [[] for _ in range(n)]  # read, and one id more
+        self.ids = [[] for _ in range(n)]  # ids[b][:-1] are in row b of the cache; the last one is read by the next step
 
-    def share(self, b, row):
+    def reuse(self, b, row):
         """How many of the row's ids, not counting the last, are in row b of the cache, once it has what any other row
         of the cache has of them; the rest of row b is forgotten."""
         shared = [len(os.path.commonprefix([ids[:-1], row.ids[:-1]])) for ids in self.ids]
@@ -30,7 +30,7 @@ class Memory:
         self.cache.keep(rows)
 
 
-def read(reader, memory, slots, cancel):
+def read_rows(reader, memory, slots, cancel):
     """Reads what the rows with a prompt not yet read have to read, but for the last id: that one is read by the next
     step. Gives the events of the prefills, where f is read at every token.
 
@@ -38,17 +38,19 @@ def read(reader, memory, slots, cancel):
     then rows of about the same length side by side, so that there is little padding."""
     unread = [(b, row) for b, row in enumerate(slots) if row and row.unread and not row.stop_reason]
     length = lambda b_row: len(b_row[1].ids + b_row[1].ahead)
-    groups = []
-    for b_row in sorted(unread, key=length):
-        if len(groups) < 2 or length(b_row) > length(groups[-1][0]) + 8 + length(groups[-1][0]) // 8:
+    unread.sort(key=length)
+    groups = [unread[:1]] if unread else []
+    for b_row in unread[1:]:
+        shortest = length(groups[-1][0])
+        if len(groups) == 1 or length(b_row) > shortest + 8 + shortest // 8:
             groups.append([])
         groups[-1].append(b_row)
     for group in groups:
-        yield from read_together(reader, memory, group, cancel)
+        yield from read_together(reader, memory, [b_row for b_row in group if b_row[1].i not in cancel], cancel)
 
 
 def read_together(reader, memory, unread, cancel):
-    known = [min(memory.share(b, row), row.n_prompt - 1 if row.ahead else row.context) for b, row in unread]
+    known = [memory.reuse(b, row) for b, row in unread]
     todo = [(b, row, n) for (b, row), n in zip(unread, known) if n < len(row.ids + row.ahead) - 1]
     ids, hidden, first = [], [], min((n for *_, n in todo), default=0)  # one beginning, so that they fit side by side
     if todo:

@@ -2,10 +2,9 @@
 import math
 from dataclasses import dataclass
 
-from answer import MODES, Answer
+from answer import MODES, Answer, flag_place
 from calibrate import flag_probs
 from cli import read_jsonl
-from measures import first_above
 from objective import Example
 from reflect import DEMOS
 from tokenizer import check_messages
@@ -108,7 +107,7 @@ def read_prompts(config):
     return records, given
 
 
-def read_transcripts(model, tok, records, threshold=None):
+def read_transcripts(model, tok, records, threshold=None, debounce=1):
     """An Answer for each record {"prompt": as for `generate`, "response": text by whatever model}: f at every token of
     the response, and at its end, by one forward pass. Raises ValueError for what does not fit the model's context."""
     threshold = model.threshold if threshold is None else threshold
@@ -125,7 +124,7 @@ def read_transcripts(model, tok, records, threshold=None):
         examples.append(example)
     answers = []
     for record, e, f in zip(records, examples, flag_probs(model, examples)):
-        flag_at = first_above(f, threshold)
+        flag_at = flag_place(f, threshold, debounce)[0]
         answers.append(Answer(record["prompt"], record["response"], flag_at is not None, flag_at, max(f), f,
                               e.ids[e.n_prompt:-1], "transcript"))
     return answers

@@ -27,7 +27,8 @@ that is undecided, nor behind a false alarm until f has been below `low` once.
 A step reads the last token of each row, reads f, and chooses the next token, all in tensors (Batch); every `sync_every`
 steps the host looks at what has happened (Row), sends rows elsewhere, and puts the next prompt where a row has ended.
 Between two looks rows run ahead of the host; what they wrote beyond a turning point is dropped. So a row's words depend
-on nothing but its prompt, its place and the settings. Shapes: B rows, C hidden, V words, Q ids to be forced.
+on nothing but its prompt, its place and the settings. What reads is the model, or on a CPU the faster decode.py; what
+has been read is kept in memory.py. Shapes: B rows, C hidden, V words, Q ids to be forced.
 """
 import dataclasses
 import json
@@ -44,7 +45,7 @@ import torch
 from answer import BRANCHING, BUFFER, DONE, FLAGGED, FORCED, MODES, NORMAL, Row, told
 from cli import option, parse, run
 from decode import fast
-from memory import Memory, read
+from memory import Memory, read_rows
 from model import Llama
 from objective import flag_prob
 from page import write_page
@@ -95,17 +96,18 @@ class Batch:
         live = self.state < FLAGGED
         self.wait = self.wait & (f >= self.low)
         decides = live & self.judged & ~self.wait & (self.quiet == 0)
-        self.run = torch.where(decides & (f > self.threshold), self.run + 1, 0)
+        self.run = torch.where(decides & ~(f <= self.threshold), self.run + 1, 0)  # NaN is above
         flagged = decides & (self.run >= debounce)
         writes, forced = live & ~flagged, self.fed < self.n_queue
         at = lambda x, index: x.gather(1, index.clamp(0, x.shape[1] - 1)[:, None])[:, 0]            # (B,) of (B, N)
         token = torch.where(forced, at(self.queue, self.fed), pick(at(self.draws, self.at)))
-        self.token = torch.where(writes, token, self.token)
         self.at, self.fed = self.at + writes, self.fed + (writes & forced)
         self.quiet = (self.quiet - writes.long()).clamp(min=0)
+        ended = writes & ((token[:, None] == stops).any(-1) | (self.at >= self.end))
+        # a row that has ended reads its last token again, where it stands, until the host has looked
+        self.token = torch.where(writes & ~ended, token, self.token)
         if self.seen.shape[1]:
             self.seen.scatter_(1, self.token[:, None], True)
-        ended = writes & ((token[:, None] == stops).any(-1) | (self.at >= self.end))
         state = torch.where(flagged, FLAGGED, torch.where(ended, DONE, torch.where(forced, FORCED, NORMAL)))
         self.state = torch.where(live, state, self.state)
         return torch.stack([token.double(), f, self.state.double()])
@@ -178,7 +180,7 @@ def write(model, tok, rows, s, cancel=(), memory=None):
         for row in slots:
             if row and row.i in cancel and not row.stop_reason:
                 yield from row.cancel()
-        yield from read(reader, memory, slots, cancel)
+        yield from read_rows(reader, memory, slots, cancel)
         slots = [row if row and not row.stop_reason else None for row in slots]
         alive = [b for b, row in enumerate(slots) if row]
         if len(alive) < len(slots) and waiting or any(slots[b].unread for b in alive):
@@ -194,7 +196,8 @@ def write(model, tok, rows, s, cancel=(), memory=None):
                 batch.put(b, row)
                 row.moved = False
         memory.cache.crop([len(row.ids) - 1 for row in slots])
-        steps = torch.stack([advance(memory.cache) for _ in range(sync_every)])              # (steps, 3, B)
+        left = max(row.n_max - len(row.tokens) for row in slots) + 2  # a flag takes no place, and the end one f more
+        steps = torch.stack([advance(memory.cache) for _ in range(min(sync_every, left))])   # (steps, 3, B)
         for step in steps.tolist():  # the one sync
             for row, token, f, state in zip(slots, *step):
                 if not (row.stop_reason or row.moved):
@@ -319,12 +322,14 @@ def main():
     modes = {r.get("mode") or config.mode for r in records}
     if config.html and "off" in modes:
         raise ValueError("--html shows f, which mode off does not read, and a record has that mode")
+    if config.html is not None and (Path(config.html).is_dir() or not Path(config.html).absolute().parent.is_dir()):
+        raise ValueError(f"--html {config.html}: wanted a file in a folder that exists")
     model, tok = load(config, modes)
     start, answers, settings = time.perf_counter(), [], config.settings()
     if config.events:
         made = print_events(stream(model, tok, records, **settings))
     elif config.transcript:
-        made = read_transcripts(model, tok, records, config.threshold)
+        made = read_transcripts(model, tok, records, config.threshold, config.debounce)
     else:
         live = not config.json and len(records) == 1
         made = generate(model, tok, records, **settings, on_token=show if live else None)
@@ -338,7 +343,7 @@ def main():
         if not config.json:
             print(summary(answer), file=sys.stderr)
     seconds, n_tokens = time.perf_counter() - start, sum(len(a.tokens) for a in answers)
-    if config.html:
+    if config.html is not None:
         write_page(config.html, answers, tok, model.threshold if config.threshold is None else config.threshold)
     print(f"{len(answers)} answers, {n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
 

@@ -87,7 +87,7 @@ def test_a_full_context_and_an_empty_line_are_errors_that_end_nothing(tok):
     talk = Conversation(Scripted(tok, context=60), tok, Settings(mode="off", max_new_tokens=4))
     with pytest.raises(ValueError, match="nothing was asked"):
         list(talk.ask("  "))
-    with pytest.raises(ValueError, match="holds 60.*reset"):
+    with pytest.raises(ValueError, match="room for 60.*reset"):
         list(talk.ask("x" * 60))
     assert talk.turns == [] and ask(talk, "a")[0].text
 
@@ -110,7 +110,7 @@ def test_a_chat_through_a_pipe_is_answers_on_stdout_and_notes_on_stderr(lines, t
     ("", "nothing was asked"), ("/mode loud", "'loud', wanted one of"), ("/threshold 2", "0 to 1"),
     ("/threshold x", "'x'"), ("/threshold nan", "0 to 1"), ("/wat", "/wat: wanted one of"), ("/mode", "wanted one of"),
     ("/ mode", "wanted one of"),
-    ("x" * 300, "holds 256")])
+    ("x" * 300, "room for 256")])
 def test_a_bad_line_is_one_line_on_stderr_and_the_chat_goes_on(lines, line, wanted):
     code, out, err = lines(line, "/threshold 1", "hello", "/quit", "never read")
     errors = [x for x in err.splitlines() if x.startswith("error")]

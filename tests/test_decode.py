@@ -56,7 +56,7 @@ def test_attend(at, K, G, D, seed):
     keys, values = (torch.cat([x, x[:1]]) for x in (keys, values))
     before = keys.clone(), values.clone()
     pointers = lambda *tensors: [x.data_ptr() for x in tensors]
-    decode.kernels().place(*pointers(qkv, keys, values, cos, sin, at, b), B, H, K, D, max_len)
+    decode.kernels().write_cache(*pointers(qkv, keys, values, cos, sin, at, b), B, H, K, D, max_len)
     decode.kernels().attend(*pointers(y, qkv, keys, values, at, b), B, H, K, D, max_len, int(at.max()) + 1)
     heads = given.view(B, H + 2 * K, 1, D).double()
     turned = rotate(heads, *(x.double().repeat(1, 2)[:, None, None] for x in (cos, sin)))
@@ -128,6 +128,12 @@ def test_it_follows_the_adapter_and_the_weights(half):
     assert not torch.equal(merged, base)
 
 
+def test_it_reads_in_inference_mode(tiny):
+    with torch.inference_mode():
+        model = Llama.from_pretrained(tiny, dtype=torch.bfloat16, device="cpu")
+        assert decode.fast(model)(torch.tensor([[5, 9]]), Cache(model, 1, 8)).shape == (1, 2, 32)
+
+
 def test_answers_of_rows_that_come_and_go(half, tok):
     """Rows dropped and rows begun: the words are those that model.forward gives, but for its rounding."""
     model = half
@@ -141,16 +147,21 @@ def test_answers_of_rows_that_come_and_go(half, tok):
         assert (logits.amax(-1) - chosen).max() < 0.05 * logits.std()  # likeliest, or within rounding of it
 
 
-def test_without_a_compiler_the_model_itself_reads(half, monkeypatch, capsys):
+@pytest.mark.parametrize("broken", ["no compiler", "an error in the compiler", "nowhere to write"])
+def test_without_a_compiler_the_model_itself_reads(half, monkeypatch, capsys, broken):
     decode.kernels.cache_clear()
     def fail(command, **_):
-        raise FileNotFoundError(f"no {command[0]}")
+        if broken == "no compiler":
+            raise FileNotFoundError(f"no {command[0]}")
+        raise subprocess.CalledProcessError(1, command, stderr="decode.c: cannot find omp.h\nmore")
     try:
         with monkeypatch.context() as m:
             m.setattr(subprocess, "run", fail)
+            if broken == "nowhere to write":
+                m.setattr(decode.tempfile, "TemporaryDirectory", lambda: fail(["tmp"]))
             assert decode.fast(half) is half
             assert decode.fast(half) is half
         err = capsys.readouterr().err
-        assert err.count("half the speed") == 1
+        assert err.count("half the speed") == 1 and ("omp.h" in err) == (broken != "no compiler")
     finally:
         decode.kernels.cache_clear()

@@ -10,7 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import answer
+import sample
 from answer import NOTICE, flag_place, onset
+from memory import Memory
 from model import Cache
 from objective import flag_prob
 from reflect import read_demos
@@ -316,6 +318,72 @@ def test_a_row_cancelled_before_its_turn_reads_nothing(tok):
     model = Scripted(tok)
     events = list(stream(model, tok, PROMPTS, {4}, mode="off", batch_size=1, max_new_tokens=3))
     assert replay(events, tok)[4].stop_reason == "cancelled" and replay(events, tok)[4].tokens == []
+
+
+def real_ids(memory):
+    """What is in each row of a Scripted model's cache, whose keys are the ids themselves."""
+    return [memory.cache.k[0, b, 0, :len(ids[:-1]), 0].long().tolist() for b, ids in enumerate(memory.ids)]
+
+
+@many
+@given(SETTINGS, MODES, st.integers(1, 3), st.sampled_from([1, 2, 5, 16]), st.integers(60, 400), st.integers(0, 99))
+def test_the_memory_is_right_about_what_the_cache_holds(tok, demos, s, modes, batch_size, sync_every, context, seed):
+    """Rows that ended, ran ahead of the host, turned back, were padded: what another row may copy is what it says."""
+    class Watched(Memory):
+        def reuse(self, b, row):
+            assert real_ids(self) == [ids[:-1] for ids in self.ids]
+            return super().reuse(b, row)
+
+    model = Scripted(tok, seed, context)
+    again = [{"prompt": "a", "prefill": "ab"}, *records(modes), *records(modes)]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sample, "Memory", Watched)
+        try:
+            list(stream(model, tok, again, demos=demos, batch_size=batch_size, sync_every=sync_every, **s))
+        except ValueError as e:
+            assert "shorten it" in str(e)
+
+
+def test_a_prompt_that_continues_an_answer_is_read_right(tok):
+    """The row before has ended by length, between two looks of the host; its last words are in the next prompt."""
+    found = 0
+    for seed in range(12):
+        model = Scripted(tok, seed)
+        a, = generate(model, tok, ["a"], "off", 6, 1.0)
+        chat = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", a.text), ("user", "b"))]
+        found += a.stop_reason == "length" and a.tokens == tok.encode(a.text)
+        wanted = list(generate(model, tok, ["a", chat], "off", 6, 1.0, batch_size=1))
+        assert list(generate(model, tok, ["a", chat], "off", 6, 1.0, batch_size=1, sync_every=4)) == wanted
+    assert found > 2
+
+
+@pytest.mark.parametrize("sync_every", [1, 4])
+def test_a_cancelled_row_gives_its_end_and_nothing_else(tok, sync_every):
+    """But for the text held back that is taken back before it; rows that are read side by side, prefills too."""
+    model, prompts = Scripted(tok, 1), [{"prompt": p, "prefill": "ab"} for p in "abcdef"]
+    for at in range(0, 40, 3):
+        cancel, after = set(), []
+        for n, e in enumerate(stream(model, tok, prompts, cancel, mode="off", sync_every=sync_every)):
+            if cancel:
+                after.append((e.i, e.kind))
+            if n == at:
+                cancel |= {1, 2}
+        for i in (1, 2):
+            assert [kind for j, kind in after if j == i] in ([], ["end"], ["takeback", "end"])
+
+
+def test_a_probability_that_is_no_number_is_flagged(tok, monkeypatch):
+    model = Scripted(tok)
+    monkeypatch.setattr(model, "next", lambda ids: (Scripted.next(model, ids)[0], float("nan")))
+    for p in ("a", {"prompt": "a", "prefill": "abc"}):
+        a, = generate(model, tok, [p], "stop", 5)
+        assert a.flagged and a.stop_reason == "flag" and a.flag_at == 0
+
+
+def test_the_host_looks_again_when_all_answers_must_be_done(tok):
+    model = Scripted(tok)
+    list(generate(model, tok, ["a"], "off", 3, sync_every=20_000))
+    assert model.n_read < 60
 
 
 # --------------------------------------------------------------------------------- exactness, on real networks
