@@ -347,7 +347,7 @@ def test_the_memory_is_right_about_what_the_cache_holds(tok, demos, s, modes, ba
 def test_a_prompt_that_continues_an_answer_is_read_right(tok):
     """The row before has ended by length, between two looks of the host; its last words are in the next prompt."""
     found = 0
-    for seed in range(12):
+    for seed in range(24):
         model = Scripted(tok, seed)
         a, = generate(model, tok, ["a"], "off", 6, 1.0)
         chat = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", a.text), ("user", "b"))]
