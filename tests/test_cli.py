@@ -17,7 +17,7 @@ from cli import option, parse, read_jsonl, run
 from sample import SampleConfig, shade
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["train.py", "sample.py", "data/prepare.py", "data/smollm2.py"]
+SCRIPTS = ["train.py", "sample.py", "bench.py", "data/prepare.py", "data/smollm2.py"]
 KEYS = ["prompt", "text", "flagged", "flag_at", "score", "flag_prob", "tokens", "stop_reason"]
 
 
@@ -165,8 +165,8 @@ state = lambda: (torch.get_default_dtype(), torch.get_default_device(), torch.ge
                  torch.random.initial_seed(), torch.is_grad_enabled(), torch.backends.cuda.matmul.allow_tf32,
                  dict(os.environ), sys.argv, os.getcwd())
 before = state()
-import answer, attacks, baselines, calibrate, chat, checkpoint, cli, costs, eval, measures, model, objective, page
-import prompts, record, reflect, report, sample, tokenizer, train, words, data.prepare, data.smollm2
+import answer, attacks, baselines, bench, calibrate, chat, checkpoint, cli, costs, decode, eval, measures, memory
+import model, objective, page, prompts, record, reflect, report, sample, tokenizer, train, words, data.prepare, data.smollm2
 assert state() == before
 assert not {{"transformers", "tokenizers", "peft", "gguf", "matplotlib", "scipy"}} & set(sys.modules), "a package that run time does not need"
 """
@@ -293,3 +293,21 @@ def test_modes_of_records_and_settings_that_do_not_go_together(sample, tmp_path,
     (tmp_path / "prompts.jsonl").write_text(line + "\n")
     code, out, err = sample("--prompts", tmp_path / "prompts.jsonl", *more)
     assert (code, out) == (2, "") and re.fullmatch(f"error: .*{wanted}.*\n", err), err
+
+
+@pytest.mark.parametrize("error, code", [
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 2),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), 2), (MemoryError("too much"), 2)])
+def test_too_small_a_machine_is_one_line(error, code, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as e:
+        run(main)
+    assert e.value.code == code and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_bug_of_ours_keeps_its_traceback():
+    def main():
+        raise RuntimeError("shape '[2]' is invalid")
+    with pytest.raises(RuntimeError):
+        run(main)
