@@ -42,11 +42,11 @@ def kernels():
     try:
         with tempfile.TemporaryDirectory() as tmp:
             compiled, library = f"{tmp}/decode.o", f"{tmp}/decode.so"
+            run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
+            run([compiler, "-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c", source, "-o", compiled])
             # linked without OpenMP, so as to share PyTorch's threads, and without fast-math, which would change how this
             # whole process rounds numbers next to 0
-            subprocess.run([compiler, "-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c", source, "-o",
-                            compiled], check=True, capture_output=True, text=True)
-            subprocess.run([compiler, "-shared", compiled, "-o", library, "-lm"], check=True, capture_output=True, text=True)
+            run([compiler, "-shared", compiled, "-o", library, "-lm"])
             found = ctypes.CDLL(library)
     except (OSError, subprocess.CalledProcessError) as e:
         why = (getattr(e, "stderr", None) or str(e)).strip().splitlines()[0]
@@ -63,7 +63,8 @@ def kernels():
 
 
 class Fast:
-    """The model in bf16 on a CPU: 4 products (and LoRA's) and 4 or 5 other calls a block. Shapes as in model.py; N = B T tokens."""
+    """The model in bf16 on a CPU: 4 products (and LoRA's) and 4 or 5 other calls a block. Shapes: as in model.py, and
+    N = B T tokens, n of them with padding."""
 
     def __init__(self, model):
         self.model, self.c, self.kernels = model, model.config, kernels()
@@ -90,7 +91,8 @@ class Fast:
             keys, values = cache.k[i].data_ptr(), cache.v[i].data_ptr()
             k.rms_norm(normed.data_ptr(), x.data_ptr(), norm_1.data_ptr(), c.rms_norm_eps, N, c.hidden_size)
             qkv = qkv_proj(normed)                                                                  # (n, (H + 2 K) D)
-            k.write_cache(qkv.data_ptr(), keys, values, cos.data_ptr(), sin.data_ptr(), at.data_ptr(), rows.data_ptr(), N, *sizes)
+            k.write_cache(qkv.data_ptr(), keys, values, cos.data_ptr(), sin.data_ptr(), at.data_ptr(), rows.data_ptr(),
+                          N, *sizes)
             if T == 1:
                 k.attend(mixed.data_ptr(), qkv.data_ptr(), keys, values, at.data_ptr(), rows.data_ptr(), B, *sizes,
                          cache.longest + 1)

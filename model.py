@@ -184,7 +184,8 @@ def attend(q, k, v, mask):
         visible = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask
         return scores.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
     if q.shape[2] == 1:  # the query heads that share a key/value head become its queries: no copies of k and v
-        return F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, q.shape[3]), k, v, attn_mask=mask).reshape(q.shape)
+        grouped = q.reshape(*k.shape[:2], -1, q.shape[3])                           # (B, K, H/K, D)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
 
