@@ -181,7 +181,7 @@ SETTINGS = st.fixed_dictionaries({
     "debounce": st.sampled_from([1, 1, 2, 3]), "max_flags": st.integers(1, 3), "buffer": st.sampled_from([None, 0, 2]),
     "max_new_tokens": st.integers(1, 40), "temperature": st.sampled_from([0.0, 1.0]), "seed": st.integers(0, 3)})
 MODES = st.lists(st.sampled_from(["off", "shadow", "stop", "reflect", "backtrack"]), min_size=6, max_size=6)
-many = settings(max_examples=60, deadline=None, derandomize=True, database=None,
+many = settings(max_examples=30, deadline=None, derandomize=True, database=None,
                 suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
