@@ -79,7 +79,7 @@ def build(config):
         with torch.device(device):
             peer = transformers.AutoModelForCausalLM.from_config(
                 transformers.LlamaConfig(max_position_embeddings=8192, **SHAPES[config.shape]), dtype=dtype)
-        ours = model.state_dict() | {"lm_head.weight": head(model)}
+        ours = model.state_dict() | {"lm_head.weight": model.head_weight}
         peer.load_state_dict({name: ours[name.removeprefix("model.")] for name in peer.state_dict()})
     return model, peer.eval(), Tokenizer.from_pretrained(folder)
 
@@ -93,10 +93,6 @@ def random_model(shape, dtype):
         p.normal_(0, 0.02) if p.ndim > 1 else p.fill_(1)
     model.inv_freq = inverse_frequencies(config).to(p.device)
     return model.eval()
-
-
-def head(model):
-    return (model.embed_tokens if model.config.tie_word_embeddings else model.lm_head).weight
 
 
 def ours(model, tok, mode, adapter=True):
@@ -154,8 +150,8 @@ def step_costs(model, lengths, n):
     """(bytes read, floating-point operations) of the original model's mean step, answers of n tokens to prompts of these
     lengths (a list): all weights once, and the keys and values of what stands there; attention's products are left out
     of the operations."""
-    c, size = model.config, head(model).element_size()
-    weights = sum(layer.weight.numel() for layer in model.block_linears()) + head(model).numel()
+    c, size = model.config, model.head_weight.element_size()
+    weights = sum(layer.weight.numel() for layer in model.block_linears()) + model.head_weight.numel()
     places = sum(length + n / 2 for length in lengths)
     return (size * (weights + places * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim),
             2 * weights * len(lengths))

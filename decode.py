@@ -145,8 +145,8 @@ def products(block):
 def pack(model):
     """The frozen weights as oneDNN wants them, four a block and the head; kept for as long as the model lives, and made
     anew where a weight was changed in place (but for changes by way of `.data`, which nothing can see)."""
-    head = (model.embed_tokens if model.config.tie_word_embeddings else model.lm_head).weight
-    groups = [[layer.weight for layer in group] for block in model.layers for group in products(block)] + [[head]]
+    groups = [[layer.weight for layer in group] for block in model.layers for group in products(block)]
+    groups.append([model.head_weight])
     state = [(w.data_ptr(), None if w.is_inference() else w._version) for group in groups for w in group]
     if model not in PACKED or PACKED[model][0] != state:
         PACKED[model] = state, [lay_out(torch.cat([w.detach() for w in group])) for group in groups]

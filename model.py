@@ -358,10 +358,13 @@ class Llama(nn.Module):
         flags = F.embedding((ids - V).clamp(min=0), self.flag_embed).to(words.dtype)
         return torch.where((ids >= V)[..., None], flags, F.embedding(ids.clamp(max=V - 1), words))
 
+    @property
+    def head_weight(self):
+        return (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight                 # (V, C)
+
     def split_logits(self, hidden):
         """Logits of the words (..., V) and of the flags (..., F or 0), fp32, of hidden states (..., C)."""
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, head.weight).float(), self.flag_logits(hidden)
+        return F.linear(hidden, self.head_weight).float(), self.flag_logits(hidden)
 
     def flag_logits(self, hidden):
         """(..., F) of hidden states (..., C), fp32: bf16 would cut the score to two digits. (..., 0) with the flag off."""

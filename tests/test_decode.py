@@ -14,7 +14,7 @@ from sample import generate
 
 pytestmark = pytest.mark.skipif(decode.kernels() is None or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
                                 reason="no C compiler, or a CPU without bf16")
-many = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+many = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 random = lambda seed, *shape, scale=1.0: scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
