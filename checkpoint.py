@@ -3,6 +3,8 @@ and the machine that they go to."""
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -53,7 +55,7 @@ def load_weights(model, path):
                 raise ValueError(f"{file}: holds tensor {name}, which model.safetensors.index.json does not put there")
     shapes = {name: handles[file].get_slice(name).get_shape() for name, file in files.items()
               if not name.endswith("rotary_emb.inv_freq")}  # old files keep this derived buffer
-    wanted = {("" if n.startswith("lm_head") else "model.") + n: p for n, p in model.named_parameters()}
+    wanted = weight_names(model)
     if model.config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= set(shapes):
         # written out by some, though tied
         a, b = (handles[files[n]].get_tensor(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
@@ -67,6 +69,32 @@ def load_weights(model, path):
         for name, parameter in sorted(wanted.items(), key=lambda item: -item[1].numel()):
             # opened anew for each tensor: closing gives the mapped pages back, so that memory stays near 1x
             parameter.copy_(open_weights(files[name]).get_tensor(name))
+
+
+def weight_names(model):
+    """Name in the files -> parameter of the model, the adapter's left out."""
+    own = {n: p for n, p in model.named_parameters() if not n.startswith("flag_") and "lora_" not in n}
+    return {("" if n.startswith("lm_head") else "model.") + n: p for n, p in own.items()}
+
+
+def write_folder(folder, source, tensors, **changes):
+    """A Hugging Face folder: model.safetensors with `tensors` (name -> tensor), config.json of the folder `source` with
+    the fields `changes`, and its tokenizer's files. It appears whole, by one rename; ValueError where it exists."""
+    folder, source = Path(folder), Path(source)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already: name another folder, or take it away first")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as tmp:
+        made = Path(tmp) / "made"
+        made.mkdir()
+        for file in source.iterdir():
+            if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".pth")):
+                shutil.copy(file, made)
+        config = read_json(source / "config.json") | changes
+        (made / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, made / "model.safetensors",
+                  metadata={"format": "pt"})
+        os.replace(made, folder)
 
 
 def check_tensors(found, wanted, where):
