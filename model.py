@@ -141,7 +141,9 @@ class Linear(nn.Linear):
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
         if self.lora_on:
-            y = y + F.linear(F.linear(x, self.lora_A.to(x.dtype)), (self.lora_scale * self.lora_B).to(x.dtype))
+            low = F.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)                # (B T, rank)
+            B = (self.lora_scale * self.lora_B).to(x.dtype)
+            y = torch.addmm(y.flatten(0, -2), low, B.T).view(y.shape)  # product and sum in one pass over y
         return y
 
     @torch.no_grad()
@@ -158,9 +160,25 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
+        return Normalise.apply(x, self.eps) * self.weight
+
+
+class Normalise(torch.autograd.Function):
+    """x over its root mean square, in fp32. Its backward computes the fp32 copies again, which autograd would keep: at
+    two a block they are a third of what training holds."""
+
+    @staticmethod
+    def forward(ctx, x, eps):
         h = x.float()
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * h.to(x.dtype)
+        scale = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)                  # (..., 1)
+        ctx.save_for_backward(x, scale)
+        return (h * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, scale = ctx.saved_tensors
+        y, dy = x * scale, dy.float()
+        return ((dy - y * (dy * y).mean(-1, keepdim=True)) * scale).to(x.dtype), None
 
 
 def rotate(x, cos, sin):

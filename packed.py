@@ -16,6 +16,9 @@ from torch import nn
 from model import attend, visible
 
 
+WORTH = 8  # tokens: less is not shared by two rows alone, for each start costs products of its own
+
+
 class Packed:
     """Rows (lists of ids) as one sequence: `ids`, a list, and `paths`, for each row the places of its tokens in it. As
     model(ids, cache) takes it for a cache: it knows the tokens' positions, and how they attend to each other."""
@@ -28,6 +31,7 @@ class Packed:
         path, last = [], []
         for i, row in [(None, shared)] + sorted(enumerate(rows), key=lambda item: item[1]):  # neighbours share most
             start = len(os.path.commonprefix([last, row]))
+            start = start if start >= len(shared) + WORTH else min(start, len(shared))
             new = range(len(self.ids), len(self.ids) + len(row) - start)
             path, last = path[:start] + list(new), row
             self.ids += row[start:]

@@ -1,4 +1,7 @@
 """The objective against its definition: float64, finite differences, hand-worked layouts."""
+import os
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -234,12 +237,16 @@ def test_only_the_adapter_gets_gradients(flagged):
     assert {n for n, p in flagged.named_parameters() if p.grad is not None} == set(flagged.flag_parameters())
 
 
-@given(st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=6), min_size=1, max_size=6))
-def test_packed_rows_hold_each_beginning_once(rows):
-    packed = Packed(rows, "cpu")
-    assert [[packed.ids[i] for i in path] for path in packed.paths] == rows
-    assert [packed.at[0, path].tolist() for path in packed.paths] == [list(range(len(r))) for r in rows]
-    assert len(packed.ids) == len({tuple(r[:n]) for r in rows for n in range(1, len(r) + 1)})  # a node of the trie each
+@given(st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=6), min_size=1, max_size=6), st.integers(1, 3))
+def test_packed_rows_hold_what_they_have_in_common_once(rows, worth):
+    with patch("packed.WORTH", worth):
+        x = Packed(rows, "cpu")
+    assert [[x.ids[i] for i in path] for path in x.paths] == rows
+    assert [x.at[0, path].tolist() for path in x.paths] == [list(range(len(r))) for r in rows]
+    nodes = len({tuple(r[:n]) for r in rows for n in range(1, len(r) + 1)})  # of the trie
+    shared = len(os.path.commonprefix(rows))
+    assert nodes <= len(x.ids) <= shared + sum(len(r) - shared for r in rows)
+    assert worth > 1 or len(x.ids) == nodes
 
 
 @pytest.mark.parametrize("rows", [
