@@ -1,7 +1,8 @@
-"""How fast answers are written, beside transformers and beside what the machine allows.
+"""How fast answers are written and adapters trained, beside transformers and beside what the machine allows.
 
     python bench.py decode                              # the default model
     python bench.py decode --shape llama-3.2-1b         # random weights of that shape
+    python bench.py train                               # the default job; bench_train.py
 
 All are timed in one process, in turn, on the same weights, dtype, prompts and lengths, so that what else the machine
 does falls on all alike; given are medians over the rounds, and the range. The limits are this machine's own, measured
@@ -30,6 +31,8 @@ DEV = Path(__file__).resolve().parent / "data" / "mini" / "dev.jsonl"
 SHAPES = {  # of their config.json; the vocabulary's size counts, not what is in it
     "llama-3.2-1b": dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
                          num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True),
+    "llama-3.2-3b": dict(vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
+                         num_attention_heads=24, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True),
     "llama-3.1-8b": dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                          num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False)}
 
@@ -255,8 +258,11 @@ def table(found):
 
 def main():
     what, argv = (sys.argv[1:] + ["--help"])[0], sys.argv[2:]
-    if what not in ("decode", "--help"):
-        raise ValueError(f"{what!r} is no benchmark: wanted decode (see --help)")
+    if what not in ("decode", "train", "--help"):
+        raise ValueError(f"{what!r} is no benchmark: wanted decode or train (see bench.py decode --help)")
+    if what == "train":
+        import bench_train
+        return bench_train.report(parse(bench_train.BenchTrainConfig, argv, __doc__))
     config = parse(BenchConfig, argv if what == "decode" else ["--help"], __doc__)
     found = decode(config)
     print(json.dumps(found) if config.json else "\n".join(table(found)))

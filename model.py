@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from checkpoint import (check_tensors, load_weights, pick_device, pick_dtype, read_adapter, read_json, weights_hash,
                         write_adapter)
@@ -329,6 +330,7 @@ class Llama(nn.Module):
         self.flag_embed = self.flag_unembed = None  # parameters, once add_flag has made them
         self.n_flags, self.flag_on, self.merged = 0, False, False
         self.n_frozen = 0  # blocks, from the bottom, without LoRA
+        self.recompute = False  # in training keep only what goes into a block; the rest is computed again on the way back
         self.threshold, self.path = None, None
 
     @classmethod
@@ -365,7 +367,9 @@ class Llama(nn.Module):
             mask = visible(positions, cache.longest)                                # (B, 1, T, S+T)
         whole = last is None
         for i in range(first, len(self.layers) if whole else last):
-            x = self.layers[i](x, cos, sin, mask, cache, i)
+            again = self.recompute and torch.is_grad_enabled()
+            x = (checkpoint(self.layers[i], x, cos, sin, mask, cache, i, use_reentrant=False) if again
+                 else self.layers[i](x, cos, sin, mask, cache, i))
         if cache is not None:
             cache.advance(n_new)
         return self.norm(x) if whole else x

@@ -140,56 +140,67 @@ def objective(model, layouts, weights, after="kl"):
     return VocabularyLoss.apply(hidden, model.flag_unembed, reference, model.head_weight, terms, weights, target, after)
 
 
+# Positions whose logits exist at a time: on a CPU so few that they stay near the cache (13 MB for 49k words)
+CHUNK = {"cpu": 64}
+CHUNK_ELSEWHERE = 1024
+
+
 class VocabularyLoss(torch.autograd.Function):
-    """The terms and their gradient, of hidden states (N, C) and the flags' rows (F, C), by chunks of positions.
+    """(loss, sums) as of `objective`, of hidden states (N, C), the flags' rows (F, C) and pi_0's hidden states (N, C).
 
-    Logits of a whole batch and their gradient would be the largest tensors of training by far. But for a given
-    position the gradient depends on nothing else, so it is taken on the way forward, and no more than a chunk of logits
-    exists at a time (after Liger-Kernel's fused linear cross-entropy, arXiv 2410.10989). With z the words' logits, u the
-    flags', odds = logsumexp(u) - logsumexp(z), f = sigmoid(odds) and q = softmax(z):
-
-        d KL(pi_0 || q) = (q - p_0) dz      d -log f = -(1 - f) d odds      d -log(1 - f) = f d odds
-        d odds = softmax(u) du - q dz       d -log q[target] = (q - 1[target]) dz
+    Logits of a whole batch and their gradient would be the largest tensors of training by far. But a position's
+    gradient depends on nothing else, so it is taken on the way forward, and no more than a chunk's logits exist at a
+    time (as in Liger-Kernel's fused linear cross-entropy, arXiv 2410.10989).
     """
-
-    CHUNK = 64  # positions: 13 MB of fp32 logits for 49k words; more is slower on a CPU, as it falls out of the cache
 
     @staticmethod
     def forward(ctx, hidden, flag_rows, reference, head, terms, weights, target, after):
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        weights, sums = weights.to(wide), torch.zeros(len(TERMS), dtype=wide, device=hidden.device)
-        d_hidden, d_rows = torch.zeros_like(hidden), torch.zeros_like(flag_rows)
-        for part in torch.arange(len(hidden), device=hidden.device).split(VocabularyLoss.CHUNK):
-            h, t, said = hidden[part], terms[part], target[part]
-            log_q = F.linear(h, head).to(wide)                                                      # (n, V)
-            first = log_q[:, 0].clone()
-            log_q = log_q.log_softmax(-1)
-            flags = F.linear(h.to(wide), flag_rows.to(wide))                                        # (n, F)
-            odds = flags.logsumexp(-1) - (first - log_q[:, 0])                                      # (n,)
-            log_p0 = F.linear(reference[part], head).to(wide).log_softmax(-1)                       # (n, V)
-            p0 = log_p0.exp()
-            kl = torch.linalg.vecdot(p0, log_p0.sub_(log_q))                                        # (n,)
-            ce = -log_q.gather(-1, said[:, None])[:, 0]
-            log_f, log_not_f = F.logsigmoid(odds), F.logsigmoid(-odds)
-            losses = torch.stack([kl - log_not_f, -log_f, (ce if after == "ce" else kl) - log_not_f, kl], -1)
-            sums += (losses * t).sum(0)
-
-            benign, flag, behind, words = (t * weights).unbind(-1)                                  # (n,) each
-            by_kl, by_ce = benign + words, torch.zeros_like(behind)
-            by_ce, by_kl = (behind, by_kl) if after == "ce" else (by_ce, by_kl + behind)
-            d_odds = (benign + behind) * log_f.exp() - flag * log_not_f.exp()                       # (n,)
-            d_flags = d_odds[:, None] * flags.softmax(-1)                                           # (n, F)
-            d_rows += d_flags.T @ h.to(wide)
-            if ctx.needs_input_grad[0]:
-                d_words = log_q.exp_().mul_((by_kl + by_ce - d_odds)[:, None])                      # (n, V)
-                d_words.addcmul_(p0, by_kl[:, None], value=-1)
-                d_words[torch.arange(len(part)), said] -= by_ce
-                d_hidden[part] = (d_words.to(hidden.dtype) @ head) + (d_flags @ flag_rows.to(wide)).to(hidden.dtype)
-        ctx.save_for_backward(d_hidden, d_rows)
+        n, chunk = len(hidden), CHUNK.get(hidden.device.type, CHUNK_ELSEWHERE)
+        # filled up with positions that count for nothing: a product of another size is compiled anew on a CPU
+        whole = lambda x: F.pad(x, (0, 0) * (x.ndim - 1) + (0, -n % chunk)).split(chunk)
+        sums, d_hidden, d_rows = 0, [], torch.zeros_like(flag_rows)
+        for h, r, t, said in zip(*map(whole, (hidden, reference, terms, target))):
+            part = chunk_terms(h, flag_rows, r, head, t, weights, said, after, ctx.needs_input_grad[0])
+            sums, d_rows = sums + part[0], d_rows + part[1]
+            d_hidden.append(part[2])
+        ctx.save_for_backward(torch.cat(d_hidden)[:n] if ctx.needs_input_grad[0] else None, d_rows)
         ctx.mark_non_differentiable(sums)
         return (sums * weights).sum(), sums
 
     @staticmethod
     def backward(ctx, d_loss, _):
         d_hidden, d_rows = ctx.saved_tensors
-        return d_hidden * d_loss, d_rows * d_loss, None, None, None, None, None, None
+        return None if d_hidden is None else d_hidden * d_loss, d_rows * d_loss, None, None, None, None, None, None
+
+
+def chunk_terms(hidden, flag_rows, reference, head, terms, weights, target, after, below):
+    """(sums of the terms, gradient of the flags' rows, and if `below` that of the hidden states) of n positions.
+
+    With z the words' logits, u the flags', odds = logsumexp(u) - logsumexp(z), f = sigmoid(odds) and q = softmax(z):
+
+        d KL(pi_0 || q) = (q - p_0) dz      d -log f = -(1 - f) d odds      d -log(1 - f) = f d odds
+        d odds = softmax(u) du - q dz       d -log q[target] = (q - 1[target]) dz
+    """
+    z = F.linear(hidden, head)
+    wide = torch.promote_types(z.dtype, torch.float32)
+    log_q = z.to(wide).log_softmax(-1)                                                              # (n, V)
+    flags = F.linear(hidden.to(wide), flag_rows.to(wide))                                           # (n, F)
+    odds = flags.logsumexp(-1) - (z[:, 0].to(wide) - log_q[:, 0])                                   # (n,)
+    log_p0 = F.linear(reference, head).to(wide).log_softmax(-1)                                     # (n, V)
+    p0 = log_p0.exp()
+    kl = torch.linalg.vecdot(p0, log_p0.sub_(log_q))                                                # (n,)
+    log_f, log_not_f = F.logsigmoid(odds), F.logsigmoid(-odds)
+    behind = -log_q.gather(-1, target[:, None])[:, 0] if after == "ce" else kl
+    sums = (torch.stack([kl - log_not_f, -log_f, behind - log_not_f, kl], -1) * terms).sum(0)
+
+    by_benign, by_flag, by_after, by_words = (terms * weights.to(wide)).unbind(-1)                  # (n,) each
+    by_kl = by_benign + by_words + (0 if after == "ce" else by_after)
+    by_ce = by_after if after == "ce" else 0 * by_after
+    d_odds = (by_benign + by_after) * log_f.exp() - by_flag * log_not_f.exp()                       # (n,)
+    d_flags = d_odds[:, None] * flags.softmax(-1)                                                   # (n, F)
+    d_rows = d_flags.T @ hidden.to(wide)
+    if not below:
+        return sums, d_rows, None
+    dz = log_q.exp_().mul_((by_kl + by_ce - d_odds)[:, None]).addcmul_(p0, by_kl[:, None], value=-1)  # (n, V)
+    dz[torch.arange(len(dz)), target] -= by_ce
+    return sums, d_rows, dz.to(z.dtype) @ head + (d_flags @ flag_rows.to(wide)).to(z.dtype)

@@ -17,6 +17,7 @@ from model import attend, visible
 
 
 WORTH = 8  # tokens: less is not shared by two rows alone, for each start costs products of its own
+ROUND = 64  # N is a multiple: for each size that it meets oneDNN compiles products and keeps them, megabytes of code
 
 
 class Packed:
@@ -40,9 +41,12 @@ class Packed:
                 self.paths[i] = path
             if new:
                 segments.setdefault(start, []).append((new, path))
+        spare = -len(self.ids) % ROUND
+        self.ids, positions = self.ids + [0] * spare, positions + [0] * spare
         self.at = torch.tensor(positions, device=device)[None]                                      # (1, N)
         self.groups = [Group(start, members, device) for start, members in segments.items()]
-        self.back = torch.cat([g.own for g in self.groups]).argsort()                               # (N,)
+        self.back = torch.cat([g.own for g in self.groups]).argsort()
+        self.back = nn.functional.pad(self.back, (0, spare))                                        # (N,)
 
     def positions(self, n_new):
         assert n_new == len(self.ids)
@@ -98,7 +102,7 @@ def read_both(model, rows, reference_rows):
 
     def go_on(rows, paths):
         packed = Packed(rows, device)
-        origin = torch.empty(len(packed.ids), dtype=torch.long)
+        origin = torch.zeros(len(packed.ids), dtype=torch.long)  # where a token stands in `below`
         for path, under in zip(packed.paths, paths):
             origin[path] = torch.tensor(under)
         hidden = model(below[origin.to(device)][None], packed, first=k)[0]

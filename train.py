@@ -66,6 +66,7 @@ class TrainConfig:
     start_answer: int = option(8, "tokens of each answer that the flag row's start is fitted on; 0: start at zero")
     later: float = option(4.0, "weight in that fit of a benign answer's later positions, its first counting 1")
     # the rest
+    recompute: bool = option(False, "keep what goes into each block alone, compute the rest again: less memory, slower")
     fpr: float = option(0.01, "benign answers that may be flagged, for the threshold")
     save_every: int = option(10, "steps between checkpoints")
     seed: int = option(0, "of data order, insertions and LoRA")
@@ -339,6 +340,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()))
     model.add_flag(n_flags=1, rank=config.rank, alpha=config.alpha, seed=config.seed, layers=config.layers or None)
+    model.recompute = config.recompute
     train(model, examples, config, tok.flag_id, out)
     figures = evaluate(model, dev, config.fpr)
     figures |= {"minutes": (time.perf_counter() - began) / 60, "peak_memory_mb": peak_memory_mb()}

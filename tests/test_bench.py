@@ -1,11 +1,13 @@
 """The benchmark's bookkeeping; how fast anything is, no test asks."""
 import json
 import sys
+from functools import partial
 
 import pytest
 
 import bench
 from model import Llama
+from objective import Layout
 
 ARGS = ("decode", "--new", 3, "--rounds", 1, "--batch", "1,3", "--long", 150)
 
@@ -51,8 +53,40 @@ def test_random_weights_of_a_shape_are_the_peers_too(tiny, script, monkeypatch):
             torch.testing.assert_close(model.logits(model(ids)), peer(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+def records(tmp_path):
+    rows = [dict(prompt=f"question {i}", response="an answer " * (i + 1), opening="", category="x",
+                 label=("harmful", "benign")[i % 2]) for i in range(6)]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(tmp_path / "r.jsonl")
+
+
+def test_training_is_compared_on_the_same_losses(tiny, tmp_path, monkeypatch):
+    """Both begin as the original model, so the peer's plain objective must give the terms that ours gives."""
+    import bench_train
+    monkeypatch.setattr(bench_train, "TrainConfig", partial(bench_train.TrainConfig, train=records(tmp_path)))
+    found = bench_train.train_bench(bench_train.BenchTrainConfig(
+        rounds=1, batch=6, micro_batch=4, layers=1, rank=2, weights=str(tiny), dtype="float32"))
+    ours, theirs = found["terms"]["nanoflag"], found["terms"]["transformers + peft"]
+    assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4) and ours[1] > 1
+    assert found["needed"][0] > 0 and all(m is None or m > 0 for m in found["memory_mb"].values())
+    table = "\n".join(bench_train.train_table(found))
+    assert "| nanoflag |" in table and "| transformers + peft |" in table
+
+
+def test_what_a_training_step_needs_by_hand(flagged):
+    """2 blocks of 7680 weights, 4 heads of 8, all with LoRA of rank 4; a prefix of 2 tokens is there once."""
+    import bench_train
+    benign = Layout([5, 6, 7], [5, 6, 7], [1, 2], [1, 2], [], [])
+    other = Layout([5, 6, 8, 9], [5, 6, 8, 9], [1], [1], [], [])
+    block, pairs, lora = 7680, 4 * 4 * 8, 4 * 2 * (4 * 32 + 2 * (32 + 16) + 3 * (32 + 48) + 2 * 32 - 2 * 32)
+    assert lora == sum(p.numel() for n, p in flagged.flag_parameters().items() if "lora_" in n)
+    n, seen = 5, 1 + 2 + 3 + 3 + 4
+    needed = 2 * (2 * 2 * block * n + 3 * pairs * seen) + 3 * 2 * lora * n + 2 * (2 * block * n + pairs * seen)
+    assert bench_train.step_flops(flagged, [benign, other], 2) == needed + 6 * 3 * 272 * 32
+
+
 @pytest.mark.parametrize("args, message", [
-    (["train"], "wanted decode"), (["decode", "--batch", "1,x"], "numbers with commas"),
+    (["write"], "wanted decode or train"), (["train", "--rank", "0"], "1 or more"), (["train", "--length", "3"], "16"), (["decode", "--batch", "1,x"], "numbers with commas"),
     (["decode", "--new", "1"], "2 or more"), (["decode", "--shape", "gpt"], "llama-3.2-1b"),
     (["decode", "--dtype", "int4"], "bfloat16 or float32")])
 def test_what_a_user_can_get_wrong(script, args, message):

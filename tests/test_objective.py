@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from objective import TERMS, Example, VocabularyLoss, decompose, flag_prob, lay_out, make_example, objective, pad
-from packed import Packed, read, read_both
+from objective import CHUNK, TERMS, Example, VocabularyLoss, decompose, flag_prob, lay_out, make_example, objective, pad
+from packed import ROUND, Packed, read, read_both
 
 BENIGN, FLAG, AFTER, WORDS = range(4)
 RF = 272  # the tiny model's flag
@@ -106,9 +106,9 @@ def plain_terms(hidden, rows, reference, head, terms, target, after):
 
 
 @pytest.mark.parametrize("after", ["kl", "ce"])
-@pytest.mark.parametrize("chunk", [2, 128])
+@pytest.mark.parametrize("chunk", [2, 64])
 def test_the_vocabulary_loss_is_the_plain_one_in_float64(monkeypatch, after, chunk):
-    monkeypatch.setattr(VocabularyLoss, "CHUNK", chunk)
+    monkeypatch.setitem(CHUNK, "cpu", chunk)
     hidden, rows, reference, head, terms, weights, target = random_positions()
     loss, sums = VocabularyLoss.apply(hidden, rows, reference, head, terms, weights, target, after)
     plain = plain_terms(hidden, rows, reference, head, terms, target, after)
@@ -149,7 +149,7 @@ def test_no_tensor_is_as_large_as_vocabulary_times_positions():
     inputs = random_positions(n=600, c=4, v=5000, dtype=torch.float32)
     with Largest() as largest:
         VocabularyLoss.apply(*inputs, "kl")[0].backward()
-    assert largest.numel == VocabularyLoss.CHUNK * 5000
+    assert largest.numel == CHUNK["cpu"] * 5000
 
 
 def layouts():
@@ -225,11 +225,22 @@ def test_blocks_without_lora_are_read_once_for_both_models(model, layers, rank):
 def test_micro_batches_and_chunks_add_up_to_one_batch(flagged, monkeypatch):
     weights = torch.tensor([0.3, 0.7, 0.2, 0.5])
     sums, whole = gradients(flagged, [layouts()], weights)
-    monkeypatch.setattr(VocabularyLoss, "CHUNK", 3)
+    monkeypatch.setitem(CHUNK, "cpu", 3)
     parts_sums, parts = gradients(flagged, [[x] for x in layouts()], weights)
     torch.testing.assert_close(sums, parts_sums, rtol=1e-4, atol=1e-5)
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_recomputing_the_blocks_changes_no_gradient(flagged):
+    weights = torch.tensor([0.3, 0.7, 0.2, 0.5])
+    kept = gradients(flagged, [layouts()], weights)
+    calls, block = [], flagged.layers[0].forward
+    flagged.layers[0].forward = lambda *args: calls.append(torch.is_grad_enabled()) or block(*args)
+    flagged.recompute = True
+    again = gradients(flagged, [layouts()], weights)
+    assert calls == [False, True, True]  # the reference, there, and on the way back
+    torch.testing.assert_close(again, kept, rtol=0, atol=0)
 
 
 def test_only_the_adapter_gets_gradients(flagged):
@@ -241,12 +252,13 @@ def test_only_the_adapter_gets_gradients(flagged):
 def test_packed_rows_hold_what_they_have_in_common_once(rows, worth):
     with patch("packed.WORTH", worth):
         x = Packed(rows, "cpu")
+    assert len(x.ids) == x.at.shape[1] == len(x.back) and len(x.ids) % ROUND == 0
     assert [[x.ids[i] for i in path] for path in x.paths] == rows
     assert [x.at[0, path].tolist() for path in x.paths] == [list(range(len(r))) for r in rows]
     nodes = len({tuple(r[:n]) for r in rows for n in range(1, len(r) + 1)})  # of the trie
     shared = len(os.path.commonprefix(rows))
-    assert nodes <= len(x.ids) <= shared + sum(len(r) - shared for r in rows)
-    assert worth > 1 or len(x.ids) == nodes
+    assert nodes <= 1 + max(map(max, x.paths)) <= shared + sum(len(r) - shared for r in rows)
+    assert worth > 1 or 1 + max(map(max, x.paths)) == nodes
 
 
 @pytest.mark.parametrize("rows", [
