@@ -9,9 +9,9 @@ Two customers, one with 100 benign records and one with 100 harmful ones, fine-t
     re-attached  the original model, without the flag; the provider puts the stored adapter on what comes back
 
 Each model, and the two that nobody has fine-tuned, writes its own answers to the same requests, at the same seed, and
-reads f in them; all are read at the threshold stored with the adapter, which nobody has calibrated anew. Writes to --out
-(default: reattach/ in the adapter's folder) report.md, results.jsonl, a record an answer, figures.json, and for each
-customer the records and a whole model folder. An interrupted run goes on when the same command is given again.
+reads f in them; all are read at the threshold stored with the adapter, which nobody has calibrated anew. Writes to
+--out (default: reattach/ in the adapter's folder) report.md, results.jsonl, a record an answer, figures.json, and for
+each customer the records and a whole model folder. An interrupted run goes on when the same command is given again.
 """
 import dataclasses
 import json
@@ -96,8 +96,8 @@ def requests_of(sets):
 def answer(model, tok, requests, temperature):
     """What the model writes to each request and its score, the highest f."""
     answers = generate(model, tok, [item for _, item in requests], "shadow", ANSWER_TOK, temperature, batch_size=BATCH)
-    return [item | {"set": kind, "seed": 0, "i": i, "score": max(a.flag_prob), "refuses": refuses(a.text), "text": a.text}
-            for i, ((kind, item), a) in enumerate(zip(requests, answers))]
+    return [item | {"set": kind, "seed": 0, "i": i, "score": max(a.flag_prob), "refuses": refuses(a.text),
+                    "text": a.text} for i, ((kind, item), a) in enumerate(zip(requests, answers))]
 
 
 def identity(config, weights, customers, records, requests):
