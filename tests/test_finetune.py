@@ -12,10 +12,10 @@ import eval as evaluation
 import finetune
 import reattach
 import train
-from checkpoint import weight_names
 from cli import parse
 from model import Llama
 from objective import make_example
+from sample import generate
 from train import TrainConfig
 
 SMALL = ["--steps", "4", "--batch", "3", "--micro-batch", "2", "--save-every", "2", "--rank", "2", "--lr", "0.05",
@@ -229,6 +229,9 @@ def test_the_comparison_as_a_command(tiny, adapter, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(reattach, "ANSWER_TOK", 6)
     fine_tune = train.fine_tune
     monkeypatch.setattr(train, "fine_tune", lambda config: tuned.append(config) or fine_tune(config))
+    load_flag, loaded = Llama.load_flag, []
+    monkeypatch.setattr(Llama, "load_flag", lambda model, folder, force=False: loaded.append(
+        (model.path.name, Path(folder).name)) or load_flag(model, folder, force))
 
     def run(*more):
         argv = ["--reattach", "--weights", tiny, "--adapter", adapter, "--train", sets, "--harmful", sets, "--benign", sets,
@@ -242,6 +245,9 @@ def test_the_comparison_as_a_command(tiny, adapter, tmp_path, monkeypatch, capsy
     assert all(what in text for what in reattach.NAMES.values()) and "AUROC" in text
     assert [(Path(c.finetune).name, c.adapter) for c in tuned] == [
         ("benign.jsonl", str(adapter)), ("benign.jsonl", None), ("harmful.jsonl", str(adapter)), ("harmful.jsonl", None)]
+    inside = lambda on: [(tiny.name, adapter.name), (f"{on}_inside", f"{on}_inside")]  # before training, and after
+    assert loaded == [(tiny.name, adapter.name)] * 2 + [
+        *inside("benign"), ("benign_re-attached", adapter.name), *inside("harmful"), ("harmful_re-attached", adapter.name)]
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert len(rows) == 6 * (4 + 4 + 4)
     score = lambda name: [r["score"] for r in rows if r["attack"] == name]
@@ -255,6 +261,14 @@ def test_the_comparison_as_a_command(tiny, adapter, tmp_path, monkeypatch, capsy
         run("--temperature", 0.1)
     run("--fresh", "--limit", 2)
     assert len(tuned) == 8
+
+
+def test_an_answer_is_written_behind_its_prefill_and_scored_by_its_highest_f(flagged, tok):
+    requests = [("opening", {"prompt": "hello", "prefill": "the hell"}), ("direct", {"prompt": "hello", "prefill": ""})]
+    written = list(generate(flagged, tok, [item for _, item in requests], "shadow", reattach.ANSWER_TOK, 0.7))
+    found = reattach.answer(flagged, tok, requests, 0.7)
+    assert [r["score"] for r in found] == [max(a.flag_prob) for a in written]
+    assert found[0]["text"].startswith("the hell") and [r["set"] for r in found] == ["opening", "direct"]
 
 
 def test_a_row_counts_by_the_stored_threshold():
