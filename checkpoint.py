@@ -77,12 +77,17 @@ def weight_names(model):
     return {("" if n.startswith("lm_head") else "model.") + n: p for n, p in own.items()}
 
 
+def check_new(folder):
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already: name another folder, or take it away first")
+
+
 def write_folder(folder, source, tensors, **changes):
     """A Hugging Face folder: model.safetensors with `tensors` (name -> tensor), config.json of the folder `source` with
     the fields `changes`, and its tokenizer's files. It appears whole, by one rename; ValueError where it exists."""
     folder, source = Path(folder), Path(source)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already: name another folder, or take it away first")
+    check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as tmp:
         made = Path(tmp) / "made"

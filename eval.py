@@ -2,6 +2,7 @@
 
     python eval.py                                   # the adapter in out/, the bundled dev split, the quick attacks
     python eval.py --full --compare out_probe        # everything, and another adapter read on the same answers
+    python eval.py --reattach                        # what a customer's fine-tuning leaves of the flag: reattach.py
     python eval.py --harmful h.jsonl --benign b.jsonl --attack direct,opening,gcg --seeds 3
 
 Writes to --out (default: eval/ in the adapter's folder) results.jsonl, a record an answer, figures.json and report.md.
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 import costs
+import reattach
 from attacks import AGAINST, ATTACKS, GRADIENT, LONG, TEMPLATES, lengthen, sampling
 from baselines import LayerProbe, refuses
 from calibrate import flag_probs
@@ -62,7 +64,9 @@ class EvalConfig:
     pgd_radius: float = option(0.3, "how far PGD may move a token's embedding, of the mean length")
     compare: str | None = option(None, "other adapters' folders, with commas, read on the same answers")
     classifier: bool = option(False, "fit a probe on a middle layer too, as an external classifier; --full does")
-    train: str = option(str(HERE / "data/mini/train.jsonl"), "what the classifier is fitted on")
+    train: str = option(str(HERE / "data/mini/train.jsonl"), "what the classifier is fitted on, and --reattach's customers")
+    reattach: bool = option(False, "fine-tune the model, with the flag inside and without, and put the adapter back on")
+    customer: str | None = option(None, "options for the customers' training, as train.py --finetune takes them")
     utility: str | None = option(None, "problems with a number as the answer, solved before and after (GSM8K)")
     plot: bool = option(False, "draw the pictures too (needs matplotlib)")
     out: str | None = option(None, "folder to write (default: eval/ in the adapter's)")
@@ -205,7 +209,7 @@ def identity(config, sets, threshold):
     """What two runs must share for one to go on with the other's results; attacks may be added."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in (
         "adapter", "attack", "harmful", "benign", "borderline", "compare", "classifier", "train", "utility", "plot",
-        "out", "weights", "fresh")}
+        "out", "weights", "fresh", "reattach", "customer")}
     return settings | {"adapter": digest((Path(config.adapter) / "flag.safetensors").read_bytes()),
                        "records": digest(json.dumps(sets).encode()), "threshold": threshold}
 
@@ -347,12 +351,14 @@ def main():
         from data.smollm2 import ensure
     weights = config.weights or ensure()
     folders = list(dict.fromkeys(f for f in (config.compare or "").split(",") if f))
-    for folder in [config.adapter, *folders]:
-        read_adapter(folder, weights)  # whatever is wrong with one is said before any work
+    # whatever is wrong with one is said before any work
+    adapter, *_ = [read_adapter(folder, weights)[1] for folder in [config.adapter, *folders]]
+    if adapter["threshold"] is None:
+        raise ValueError(f"{config.adapter}/flag.json has no threshold: train.py calibrates one")
+    if config.reattach:
+        return reattach.main(config, sets, weights)
     model = Llama.from_pretrained(weights)
     model.load_flag(config.adapter)
-    if model.threshold is None:
-        raise ValueError(f"{config.adapter}/flag.json has no threshold: train.py calibrates one")
     tok = Tokenizer.from_pretrained(weights, n_flags=model.n_flags)
     out = Path(config.out or Path(config.adapter) / "eval")
     record = Run(out, identity(config, sets, model.threshold), config.fresh)

@@ -2,6 +2,7 @@
 
     python train.py --init llama                 # SmolLM2-135M-Instruct on data/mini, about 14 minutes on 2 CPU cores
     python train.py --init llama --weights DIR --train my.jsonl --dev my_dev.jsonl --out my_flag
+    python train.py --finetune my.jsonl --out tuned     # no flag: plain fine-tuning in the same loop, see finetune.py
 
 The objective stands in objective.py. An interrupted run goes on where it stopped when the same command is given again.
 Writes to --out: flag.safetensors, flag.json (settings, threshold, figures), log.jsonl (a line a step).
@@ -20,11 +21,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import finetune
+import objective
 from calibrate import evaluate, print_table
 from cli import option, parse, run, say
 from data.prepare import read_records
 from model import Llama
-from objective import TERMS, by_length, lay_out, make_example, objective
+from objective import by_length, make_example
 from packed import read
 from tokenizer import Tokenizer
 
@@ -39,6 +42,8 @@ class TrainConfig:
     dev: str = option(str(HERE / "data/mini/dev.jsonl"), "records for the threshold and the table; never trained on")
     out: str = option("out", "folder to write")
     fresh: bool = option(False, "begin anew, though --out holds an unfinished run")
+    finetune: str | None = option(None, "instead of all this, fine-tune the words on these records (finetune.py)")
+    adapter: str | None = option(None, "with --finetune: a flag adapter that is merged into the model first")
     # how long
     steps: int = option(100, "optimizer steps")
     batch: int = option(24, "answers a step")
@@ -85,6 +90,10 @@ class TrainConfig:
                      for k, v in least.items() if not getattr(self, k) >= v]
         problems += [f"--{k} is {getattr(self, k)}, wanted above 0" for k in ("clip", "alpha")
                      if not getattr(self, k) > 0]
+        if self.finetune and not self.rank:
+            problems.append("--rank is 0, wanted 1 or more with --finetune: LoRA is what trains")
+        if self.adapter and not self.finetune:
+            problems.append("--adapter is for --finetune alone; the adapter of this training goes to --out")
         if not 0 <= self.average <= 1:
             problems.append(f"--average is {self.average}, wanted from 0 to 1")
         if not 0 < self.fpr < 1:
@@ -152,6 +161,12 @@ def start_flag_rows(model, examples, config):
 
 # ------------------------------------------------------------------------------------------------ the loop
 
+def goal(config):
+    """What is trained for: the red flag (objective.py) or a customer's answers (finetune.py). Each has TERMS, the names
+    of its losses, lay_out and objective."""
+    return finetune if config.finetune else objective
+
+
 def learning_rate(step, steps, warmup):
     """Share of the peak rate at step 0..steps-1: up over `warmup` steps, then a cosine down to a tenth; never 0."""
     if step < warmup:
@@ -177,7 +192,7 @@ def step_layouts(examples, step, config, flag_id):
         example = example.cut(length)
         first = min(config.offset, example.n_answer - 1)
         insert_at = first + insertion(draw, example.n_answer - first, config.early)
-        layouts.append(lay_out(example, insert_at, flag_id, config.offset, config.positions))
+        layouts.append(goal(config).lay_out(example, insert_at, flag_id, config.offset, config.positions))
     return sorted(layouts, key=lambda x: len(x.ids))
 
 
@@ -195,13 +210,13 @@ def insertion(draw, n, early):
 def train_step(model, optimizer, layouts, config):
     """One optimizer step; returns each term's mean in nats (None where it has no position), the gradient norm, and how
     many positions were supervised."""
-    count = torch.tensor([t for x in layouts for t in x.terms]).sum(0)
-    settings = torch.tensor([getattr(config, t) for t in TERMS])
+    names, count = goal(config).TERMS, torch.tensor([t for x in layouts for t in x.terms]).sum(0)
+    settings = torch.tensor([getattr(config, t) for t in names])
     weights = (settings / count.clamp(min=1)).to(model.inv_freq.device)  # over the whole step, not a micro-batch
     optimizer.zero_grad()
-    sums = torch.zeros(len(TERMS), device=weights.device)
+    sums = torch.zeros(len(names), device=weights.device)
     for i in range(0, len(layouts), config.micro_batch):
-        loss, part = objective(model, layouts[i:i + config.micro_batch], weights, config.after_loss)
+        loss, part = goal(config).objective(model, layouts[i:i + config.micro_batch], weights, config.after_loss)
         loss.backward()
         sums += part
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -210,7 +225,7 @@ def train_step(model, optimizer, layouts, config):
         raise ValueError(f"the gradient norm is {norm.item()}: lower --lr or --flag-lr")
     optimizer.step()
     means, n_supervised = (sums.cpu() / count).tolist(), sum(len(x.terms) for x in layouts)
-    return {t: means[i] if count[i] else None for i, t in enumerate(TERMS)}, norm.item(), n_supervised
+    return {t: means[i] if count[i] else None for i, t in enumerate(names)}, norm.item(), n_supervised
 
 
 def make_optimizer(model, config):
@@ -227,7 +242,7 @@ def train(model, examples, config, flag_id, out):
     mean = {n: torch.zeros_like(p) for n, p in model.flag_parameters().items()}  # of the last steps' weights
     averaged = range(min(config.steps - 1, round(config.steps * (1 - config.average))), config.steps)
     first = load_checkpoint(model, optimizer, mean, config, out)
-    if first == 0 and config.start_answer:
+    if first == 0 and config.start_answer and not config.finetune:
         began = time.perf_counter()
         nll = start_flag_rows(model, [e.cut(config.start_answer) for e in examples], config)
         seconds = time.perf_counter() - began
@@ -259,7 +274,7 @@ def train(model, examples, config, flag_id, out):
 
 
 def log_step(out, config, r):
-    terms = " ".join(f"{t} {r[t]:.4f}" if r[t] is not None else f"{t} -" for t in TERMS)
+    terms = " ".join(f"{t} {r[t]:.4f}" if r[t] is not None else f"{t} -" for t in goal(config).TERMS)
     say(f"step {r['step']:4}/{config.steps} | loss {r['loss']:.4f} {terms} | sup {r['supervised']:,} tok | "
         f"lr {r['lr']:.1e} | gnorm {r['gradient_norm']:.2f} | {r['tokens_per_s']:.0f} tok/s | {r['left_s'] / 60:.1f} min left")
     with open(out / "log.jsonl", "a") as f:
@@ -279,8 +294,11 @@ def run_id(config):
     """What two runs must share for one to go on with the other's checkpoint: all settings that change the result,
     and the records themselves."""
     settings = {k: v for k, v in dataclasses.asdict(config).items()
-                if k not in ("out", "fresh", "save_every", "train", "dev", "fpr", "weights", "device")}
-    return settings | {"records": hashlib.sha256(Path(config.train).read_bytes()).hexdigest()}
+                if k not in ("out", "fresh", "save_every", "train", "dev", "fpr", "weights", "device", "finetune",
+                             "adapter")}
+    digest = lambda path: hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    adapter = {"adapter": digest(Path(config.adapter) / "flag.safetensors")} if config.adapter else {}
+    return settings | adapter | {"records": digest(config.finetune or config.train)}
 
 
 def save_checkpoint(model, optimizer, mean, config, out, step):
@@ -322,19 +340,41 @@ def load(config):
         if missing or not all(r["response"] for r in records):
             raise ValueError(f"{path}: " + (f"no {' or '.join(missing)} records" if missing else "records without a "
                              "response: python data/prepare.py --generate writes them"))
-    if config.weights is None:
-        from data.smollm2 import ensure
-    weights = Path(config.weights or ensure())
-    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    model, tok = Llama.from_pretrained(weights, dtype, config.device), Tokenizer.from_pretrained(weights)
+    model, tok = load_model(config)
     context = model.config.max_position_embeddings - 1  # one place is the flag's
     make = lambda records: [make_example(tok, r, config.max_answer, context) for r in records]
     return model, tok, make(train_records), make(dev_records)
 
 
+def load_model(config):
+    if config.weights is None:
+        from data.smollm2 import ensure
+    weights = Path(config.weights or ensure())
+    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    return Llama.from_pretrained(weights, dtype, config.device), Tokenizer.from_pretrained(weights)
+
+
+def fine_tune(config):
+    """The customer's run: a whole model folder in --out. Returns the mean loss on its records before and after."""
+    records, work = finetune.start(config)
+    model, tok = load_model(config)
+    examples = finetune.prepare(model, tok, records, config)
+    before = finetune.mean_loss(model, examples)
+    train(model, examples, config, tok.flag_id, work)
+    model.merge_flag()
+    info = {"records": len(records), "loss_before": before, "loss_after": finetune.mean_loss(model, examples)}
+    finetune.write(model, config, work, info | {"run": run_id(config)})
+    return info
+
+
 def main():
     began = time.perf_counter()
-    config = parse(TrainConfig, sys.argv[1:], __doc__)
+    customer = any(a.split("=")[0] == "--finetune" for a in sys.argv)
+    config = parse(TrainConfig, finetune.DEFAULTS * customer + sys.argv[1:], __doc__)
+    if customer:
+        info = fine_tune(config)
+        return print(f"model in {config.out}; cross-entropy of its {info['records']} records {info['loss_before']:.3f} "
+                     f"nats a token before, {info['loss_after']:.3f} after")
     out = Path(config.out)
     model, tok, examples, dev = load(config)
     out.mkdir(parents=True, exist_ok=True)
