@@ -43,6 +43,11 @@ class LlamaConfig:
     mlp_bias: bool
 
     @classmethod
+    def from_pretrained(cls, path):
+        path = Path(path) / "config.json"
+        return cls.from_dict(read_json(path), path)
+
+    @classmethod
     def from_dict(cls, d, where="config.json"):
         """The config of a Llama, Qwen2 or Mistral file. Raises one ValueError with all that is not supported."""
         needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -322,7 +327,7 @@ class Llama(nn.Module):
         path = Path(path)
         device = pick_device() if device == "auto" else torch.device(device)
         dtype = pick_dtype(device) if dtype == "auto" else dtype
-        config = LlamaConfig.from_dict(read_json(path / "config.json"), path / "config.json")
+        config = LlamaConfig.from_pretrained(path)
         with torch.device("meta"):
             model = cls(config).to(dtype)
         model.to_empty(device=device).requires_grad_(False)

@@ -7,7 +7,7 @@ The objective stands in objective.py. An interrupted run goes on where it stoppe
 Writes to --out: flag.safetensors, flag.json (settings, threshold, figures), log.jsonl (a line a step).
 """
 import dataclasses
-import hashlib
+import functools
 import json
 import math
 import os
@@ -22,12 +22,13 @@ import torch.nn.functional as F
 
 from calibrate import evaluate, print_table
 from cli import option, parse, run, say
-from data.prepare import read_records
-from model import Llama
-from objective import TERMS, backward, by_length, lay_out, make_example, read
+from data.store import open_store
+from model import Llama, LlamaConfig
+from objective import TERMS, backward, by_length, lay_out, read
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
+N_START = 10_000  # records that the flag row's start is fitted on, at most: their hidden states lie in memory
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class TrainConfig:
     weights: str | None = option(None, "its folder (default: SmolLM2-135M-Instruct, fetched once)")
     train: str = option(str(HERE / "data/mini/train.jsonl"), "records to train on")
     dev: str = option(str(HERE / "data/mini/dev.jsonl"), "records for the threshold and the table; never trained on")
+    skip_bad: bool = option(False, "report and leave out records that cannot be read, in place of ending with an error")
+    tokens: str = option(str(HERE / "data/tokens"), "folder for tokenised records, which are used again")
     out: str = option("out", "folder to write")
     fresh: bool = option(False, "begin anew, though --out holds an unfinished run")
     # how long
@@ -107,6 +110,14 @@ def hidden_states(model, examples, batch=16):
     return found
 
 
+def start_examples(examples, config):
+    """The beginnings of the answers that the start is fitted on: of all, or of N_START drawn by seed."""
+    order = range(len(examples))
+    if len(examples) > N_START:
+        order = shuffled(len(examples), config.seed)[:N_START].sort().values.tolist()
+    return [examples[i].cut(config.start_answer) for i in order]
+
+
 def start_flag_rows(model, examples, config):
     """Sets the unembedding rows to a linear probe fitted on frozen hidden states; returns its loss, nats.
 
@@ -168,8 +179,7 @@ def step_layouts(examples, step, config, flag_id):
     layouts = []
     for k in range(step * config.batch, (step + 1) * config.batch):
         epoch, place = divmod(k, len(examples))
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
-        example = examples[order[place]]
+        example = examples[int(shuffled(len(examples), config.seed * 1000 + epoch)[place])]
         cut, draw = torch.rand(2, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k)).tolist()
         length = round(config.min_answer * (config.max_answer / config.min_answer) ** cut)
         example = example.cut(length)
@@ -177,6 +187,11 @@ def step_layouts(examples, step, config, flag_id):
         insert_at = first + insertion(draw, example.n_answer - first, config.early)
         layouts.append(lay_out(example, insert_at, flag_id, config.offset, config.positions))
     return sorted(layouts, key=lambda x: len(x.ids))
+
+
+@functools.lru_cache(maxsize=2)  # of the same for every record of an epoch; a step may lie across two
+def shuffled(n, seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 def insertion(draw, n, early):
@@ -222,14 +237,16 @@ def train(model, examples, config, flag_id, out):
     optimizer = make_optimizer(model, config)
     mean = {n: torch.zeros_like(p) for n, p in model.flag_parameters().items()}  # of the last steps' weights
     averaged = range(min(config.steps - 1, round(config.steps * (1 - config.average))), config.steps)
-    first = load_checkpoint(model, optimizer, mean, config, out)
+    run = run_id(config, examples)
+    first = 0 if config.fresh else load_checkpoint(model, optimizer, mean, run, out)
     if first == 0 and config.start_answer:
         began = time.perf_counter()
-        nll = start_flag_rows(model, [e.cut(config.start_answer) for e in examples], config)
+        beginnings = start_examples(examples, config)
+        nll = start_flag_rows(model, beginnings, config)
         seconds = time.perf_counter() - began
-        say(f"flag row fitted on {len(examples)} answers: loss {nll:.3f} nats, {seconds:.0f} s")
+        say(f"flag row fitted on {len(beginnings)} answers: loss {nll:.3f} nats, {seconds:.0f} s")
     if first == 0:
-        save_checkpoint(model, optimizer, mean, config, out, 0)
+        save_checkpoint(model, optimizer, mean, run, out, 0)
     cut_log(out, first)
     began = time.perf_counter()
     for step in range(first, config.steps):
@@ -248,7 +265,7 @@ def train(model, examples, config, flag_id, out):
             "tokens_per_s": sum(len(x.ids) for x in layouts) / (now - start),
             "left_s": (now - began) / (step + 1 - first) * (config.steps - step - 1)})
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            save_checkpoint(model, optimizer, mean, config, out, step + 1)
+            save_checkpoint(model, optimizer, mean, run, out, step + 1)
     with torch.no_grad():
         for n, p in model.flag_parameters().items():
             p.copy_(mean[n])
@@ -271,29 +288,29 @@ def cut_log(out, n_steps):
 
 # -------------------------------------------------------------------------------------------- checkpoints
 
-def run_id(config):
+def run_id(config, examples):
     """What two runs must share for one to go on with the other's checkpoint: all settings that change the result,
     and the records themselves."""
     settings = {k: v for k, v in dataclasses.asdict(config).items()
-                if k not in ("out", "fresh", "save_every", "train", "dev", "fpr", "weights", "device")}
-    return settings | {"records": hashlib.sha256(Path(config.train).read_bytes()).hexdigest()}
+                if k not in ("out", "fresh", "save_every", "train", "dev", "tokens", "fpr", "weights", "device")}
+    return settings | {"records": examples.digest}
 
 
-def save_checkpoint(model, optimizer, mean, config, out, step):
-    state = {"step": step, "run": run_id(config), "optimizer": optimizer.state_dict(), "mean": mean,
+def save_checkpoint(model, optimizer, mean, run, out, step):
+    state = {"step": step, "run": run, "optimizer": optimizer.state_dict(), "mean": mean,
              "parameters": {n: p.detach() for n, p in model.flag_parameters().items()}}
     torch.save(state, out / "checkpoint.pt.tmp")
     os.replace(out / "checkpoint.pt.tmp", out / "checkpoint.pt")
 
 
-def load_checkpoint(model, optimizer, mean, config, out):
-    """Restores an unfinished run of the same settings; returns its step, 0 where there is none."""
+def load_checkpoint(model, optimizer, mean, run, out):
+    """Restores an unfinished run with the same run_id; returns its step, 0 where there is none."""
     path = out / "checkpoint.pt"
-    if config.fresh or not path.exists():
+    if not path.exists():
         return 0
     try:
         state = torch.load(path, weights_only=True)
-        differ = [k for k, v in run_id(config).items() if state["run"].get(k) != v]
+        differ = [k for k, v in run.items() if state["run"].get(k) != v]
     except Exception as e:  # torch.load raises whatever a damaged file makes it stumble over
         raise ValueError(f"cannot read {path} ({type(e).__name__}): --fresh begins anew") from None
     if differ:
@@ -304,7 +321,7 @@ def load_checkpoint(model, optimizer, mean, config, out):
             parameter.copy_(state["parameters"][name])
             mean[name].copy_(state["mean"][name])
     optimizer.load_state_dict(state["optimizer"])
-    say(f"going on after step {state['step']} of {config.steps}")
+    say(f"going on after step {state['step']} of {run['steps']}")
     return state["step"]
 
 
@@ -312,20 +329,21 @@ def load_checkpoint(model, optimizer, mean, config, out):
 
 def load(config):
     """Model, tokenizer and both sets of Examples; everything that can be wrong is found before any work."""
-    train_records, dev_records = read_records(config.train), read_records(config.dev)
-    for path, records in ((config.train, train_records), (config.dev, dev_records)):
-        missing = {"harmful", "benign"} - {r["label"] for r in records}
-        if missing or not all(r["response"] for r in records):
-            raise ValueError(f"{path}: " + (f"no {' or '.join(missing)} records" if missing else "records without a "
-                             "response: python data/prepare.py --generate writes them"))
     if config.weights is None:
         from data.smollm2 import ensure
     weights = Path(config.weights or ensure())
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    model, tok = Llama.from_pretrained(weights, dtype, config.device), Tokenizer.from_pretrained(weights)
-    context = model.config.max_position_embeddings - 1  # one place is the flag's
-    make = lambda records: [make_example(tok, r, config.max_answer, context) for r in records]
-    return model, tok, make(train_records), make(dev_records)
+    tok = Tokenizer.from_pretrained(weights)
+    context = LlamaConfig.from_pretrained(weights).max_position_embeddings - 1  # one place is the flag's
+    sets = [open_store(path, config.tokens, weights, tok, config.max_answer, context, config.skip_bad)
+            for path in (config.train, config.dev)]
+    for path, examples in zip((config.train, config.dev), sets):
+        missing = {"harmful", "benign"} - examples.labels()
+        if missing:
+            raise ValueError(f"{path}: no {' or '.join(sorted(missing))} records")
+        if examples.skipped:
+            say(f"{path}: {len(examples):,} records, {examples.skipped:,} bad ones left out")
+    return Llama.from_pretrained(weights, dtype, config.device), tok, *sets
 
 
 def main():

@@ -36,7 +36,8 @@ def command(tiny, tmp_path, monkeypatch):
     records = write_records(tmp_path / "records.jsonl")
 
     def run(out, **flags):
-        settings = SMALL | {"weights": tiny, "train": records, "dev": records, "out": tmp_path / out}
+        settings = SMALL | {"weights": tiny, "train": records, "dev": records, "out": tmp_path / out,
+                            "tokens": tmp_path / "tokens"}
         settings |= {k.replace("_", "-"): v for k, v in flags.items()}
         argv = [a for k, v in settings.items() for a in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
         monkeypatch.setattr(sys, "argv", ["train.py", *argv])
