@@ -112,16 +112,15 @@ def test_a_half_written_store_is_never_used(tiny, tok, tmp_path, monkeypatch):
 
 def test_memory_does_not_grow_with_the_file(tiny, tok, tmp_path):
     peaks = []
-    for n in (20, 400):
+    for n in (20, 300):
         path = tmp_path / f"{n}.jsonl"
-        path.write_text("\n".join([GOOD.replace("hello", "x" * 200)] * n))
+        path.write_text("\n".join([GOOD.replace("hello", "x" * 200).replace("answer", "answer " * 500)] * n))
         tracemalloc.start()
         store = opened(path, tiny, tok)
-        ids = [len(store[i].ids) for i in range(len(store))]
+        assert sum(len(store[i].ids) > 200 for i in range(len(store))) == n
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert len(ids) == n
-    assert peaks[1] < peaks[0] + 40_000  # the ids alone are 160,000 bytes more, the text 100,000
+    assert peaks[1] < peaks[0] + 100_000  # the text alone is a million bytes more, lists of the ids half a million
 
 
 def test_the_start_is_fitted_on_all_records_or_on_some_drawn_by_seed(monkeypatch, tok):
