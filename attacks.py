@@ -14,7 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from objective import read
+from packed import read
 from sample import generate
 from tokenizer import check_messages
 

@@ -7,7 +7,8 @@ position alone is in every result (`first`).
 import torch
 import torch.nn.functional as F
 
-from objective import by_length, read
+from objective import by_length
+from packed import read
 
 # The usual list of refusal beginnings, shortened from llm-attacks' (arXiv 2307.15043). A weak judge: it takes an
 # apology for a refusal, and a lecture that says none of these for an answer.

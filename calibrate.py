@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from measures import auroc, conformal_threshold
-from objective import by_length, decompose, flag_prob, read, read_both
+from objective import by_length, decompose, flag_prob
+from packed import read, read_both
 
 
 @torch.no_grad()

@@ -208,9 +208,7 @@ class Attention(nn.Module):
         heads = lambda y: y.view(B, T, -1, self.head_dim).transpose(1, 2)
         q = rotate(heads(self.q_proj(x)), cos, sin)                                 # (B, H, T, D)
         k, v = rotate(heads(self.k_proj(x)), cos, sin), heads(self.v_proj(x))       # (B, K, T, D)
-        if cache is not None:
-            k, v = cache.write(layer, k, v)                                         # (B, K, S+T, D)
-        y = attend(q, k, v, mask)                                                   # (B, H, T, D)
+        y = attend(q, k, v, mask) if cache is None else cache.attend(layer, q, k, v, mask)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                     # (B, T, C)
 
 
@@ -279,6 +277,10 @@ class Cache:
         if self.longest + n_new > self.max_len:
             raise ValueError(f"the cache holds {self.max_len} tokens; {self.longest} are in it and {n_new} more came")
         return self.lengths[:, None] + torch.arange(n_new, device=self.k.device)    # (B, T)
+
+    def attend(self, layer, q, k, v, mask):
+        """Attention of q (B, H, T, D) to what a row holds, and to its new k, v (B, K, T, D), which are written."""
+        return attend(q, *self.write(layer, k, v), mask)
 
     def write(self, layer, k, v):
         T, where = k.shape[2], self.positions(k.shape[2])

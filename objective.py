@@ -20,12 +20,12 @@ What a harmful answer y_0 .. y_n-1 looks like, its flag inserted before y_3 (off
     supervised   words   flag   flag   flag   after  after  after
                          words  words  words
 """
-import os
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+
+from packed import read_both
 
 TERMS = ("benign", "flag", "after", "words")
 
@@ -123,94 +123,73 @@ def by_length(examples, batch):
     return [order[i:i + batch] for i in range(0, len(order), batch)]
 
 
-class Prefix:
-    """A cache for training: the beginning that all rows share, read once, by one row; then the rows go on from it.
-
-    Keys and values keep their graph, so gradients are those of reading it in every row. With a chat template's
-    system text at the head of every prompt this saves a third of the work.
-    """
-
-    def __init__(self, device):
-        self.k, self.v, self.longest, self.device = {}, {}, 0, device
-
-    def positions(self, n_new):
-        return self.longest + torch.arange(n_new, device=self.device)[None]         # (1, T)
-
-    def write(self, layer, k, v):
-        if layer not in self.k:
-            self.k[layer], self.v[layer] = k, v
-            return k, v
-        shared = lambda x: x[layer].expand(len(k), -1, -1, -1)
-        return torch.cat([shared(self.k), k], dim=2), torch.cat([shared(self.v), v], dim=2)
-
-    def advance(self, n_new):
-        self.longest = self.longest or n_new
-
-
-def read(model, rows, first=0, last=None):
-    """Hidden states behind the blocks first .. last - 1 (all of them: the final ones), a (len, C) for each of the rows.
-
-    rows are lists of ids, or with first > 0 pairs of (ids, the (len, C) that the blocks below gave). Their common
-    beginning is read once.
-    """
-    ids, below = zip(*rows) if first else (rows, None)
-    n = len(os.path.commonprefix(ids)) if len(ids) > 1 else 0
-    n = min(n, min(map(len, ids)) - 1)  # each row goes on by one token at least
-    device, prefix = model.inv_freq.device, Prefix(model.inv_freq.device)
-    if first:
-        head, rest = below[0][None, :n], nn.utils.rnn.pad_sequence([x[n:] for x in below], batch_first=True)
-    else:
-        head, rest = torch.tensor([ids[0][:n]], device=device), pad([r[n:] for r in ids], device)
-    head = model(head, prefix, first, last)[0] if n else None                                       # (n, C)
-    rest = model(rest, prefix if n else None, first, last)                                          # (B, T, C)
-    ends = [h[:len(r) - n] for r, h in zip(ids, rest)]
-    return [torch.cat([head, h]) for h in ends] if n else ends
-
-
-def read_both(model, rows, reference_rows):
-    """(final hidden states of the rows, of the reference rows by the original model), lists as of `read`. The blocks
-    below LoRA give both models the same, so they read but once what both see."""
-    k = model.n_frozen
-    if k:
-        both = {tuple(r): r for r in rows + reference_rows}
-        with torch.no_grad():
-            below = dict(zip(both, read(model, list(both.values()), 0, k)))
-        rows, reference_rows = ([(r, below[tuple(r)]) for r in rs] for rs in (rows, reference_rows))
-    with torch.no_grad(), model.flag_off():
-        reference = read(model, reference_rows, k)
-    return read(model, rows, k), reference
-
-
-def backward(model, layouts, weights, after="kl", chunk=256):
-    """Adds the gradient of one micro-batch of Layouts to the parameters; returns the sum of each term (len(TERMS),).
+def objective(model, layouts, weights, after="kl"):
+    """(loss, sums) of Layouts: the sum of each term over its positions (len(TERMS),), in nats, and the loss, their sum
+    with these weights, whose gradient is that of one micro-batch.
 
     weights[t] is term t's weight over the number of its positions in the whole optimizer step: so micro-batches add
-    up to the step's loss, sum of weight x mean. The head runs over `chunk` positions at a time, and its graph is
-    gone before the next: no (B, T, V) tensor is ever made. `after` "ce" puts cross-entropy of the harmful
-    continuation in place of KL.
+    up to the step's loss, sum of weight x mean. `after` "ce" puts cross-entropy of the harmful continuation in place
+    of KL.
     """
     device = model.embed_tokens.weight.device
     gather = lambda hidden, ats: torch.cat([h[at] for h, at in zip(hidden, ats)])                   # (N, C)
     hidden, reference = read_both(model, [x.ids for x in layouts], [x.reference_ids for x in layouts])
     hidden, reference = gather(hidden, [x.at for x in layouts]), gather(reference, [x.reference_at for x in layouts])
     terms = torch.tensor([t for x in layouts for t in x.terms], device=device)                      # (N, len(TERMS))
-    target = torch.tensor([t for x in layouts for t in x.target], device=device)
-    sums, leaf = torch.zeros(len(TERMS), device=device), hidden.detach().requires_grad_()
-    for part in torch.arange(len(terms), device=device).split(chunk):
-        losses = (position_losses(model, leaf[part], reference[part], target[part], after) * terms[part]).sum(0)
-        (losses * weights).sum().backward()  # into leaf.grad, and into the flag's unembedding row
-        sums += losses.detach()
-    if hidden.requires_grad:  # not so for rank 0, where nothing below the head trains
-        hidden.backward(leaf.grad)
-    return sums
+    target = torch.tensor([t for x in layouts for t in x.target], device=device)                    # (N,)
+    return VocabularyLoss.apply(hidden, model.flag_unembed, reference, model.head_weight, terms, weights, target, after)
 
 
-def position_losses(model, hidden, reference, target, after):
-    """(N, len(TERMS)): what each position would cost by each term, in nats, of hidden states (N, C) of the model and
-    of the reference."""
-    with torch.no_grad(), model.flag_off():
-        reference_words = model.logits(reference)                                                   # (N, V)
-    words, flags = model.split_logits(hidden)
-    kl, log_f, log_not_f = decompose(words, flags, reference_words)
-    behind = F.cross_entropy(words, target, reduction="none") if after == "ce" else kl
-    return torch.stack([kl - log_not_f, -log_f, behind - log_not_f, kl], -1)
+class VocabularyLoss(torch.autograd.Function):
+    """The terms and their gradient, of hidden states (N, C) and the flags' rows (F, C), by chunks of positions.
+
+    Logits of a whole batch and their gradient would be the largest tensors of training by far. But for a given
+    position the gradient depends on nothing else, so it is taken on the way forward, and no more than a chunk of logits
+    exists at a time (after Liger-Kernel's fused linear cross-entropy, arXiv 2410.10989). With z the words' logits, u the
+    flags', odds = logsumexp(u) - logsumexp(z), f = sigmoid(odds) and q = softmax(z):
+
+        d KL(pi_0 || q) = (q - p_0) dz      d -log f = -(1 - f) d odds      d -log(1 - f) = f d odds
+        d odds = softmax(u) du - q dz       d -log q[target] = (q - 1[target]) dz
+    """
+
+    CHUNK = 128  # positions; fp32 logits of one take 25 MB for 49k words, which malloc on a CPU still keeps for reuse
+
+    @staticmethod
+    def forward(ctx, hidden, flag_rows, reference, head, terms, weights, target, after):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        weights, sums = weights.to(wide), torch.zeros(len(TERMS), dtype=wide, device=hidden.device)
+        d_hidden, d_rows = torch.zeros_like(hidden), torch.zeros_like(flag_rows)
+        for part in torch.arange(len(hidden), device=hidden.device).split(VocabularyLoss.CHUNK):
+            h, t, said = hidden[part], terms[part], target[part]
+            log_q = F.linear(h, head).to(wide)                                                      # (n, V)
+            first = log_q[:, 0].clone()
+            log_q = log_q.log_softmax(-1)
+            flags = F.linear(h.to(wide), flag_rows.to(wide))                                        # (n, F)
+            odds = flags.logsumexp(-1) - (first - log_q[:, 0])                                      # (n,)
+            log_p0 = F.linear(reference[part], head).to(wide).log_softmax(-1)                       # (n, V)
+            p0 = log_p0.exp()
+            kl = torch.linalg.vecdot(p0, log_p0.sub_(log_q))                                        # (n,)
+            ce = -log_q.gather(-1, said[:, None])[:, 0]
+            log_f, log_not_f = F.logsigmoid(odds), F.logsigmoid(-odds)
+            losses = torch.stack([kl - log_not_f, -log_f, (ce if after == "ce" else kl) - log_not_f, kl], -1)
+            sums += (losses * t).sum(0)
+
+            benign, flag, behind, words = (t * weights).unbind(-1)                                  # (n,) each
+            by_kl, by_ce = benign + words, torch.zeros_like(behind)
+            by_ce, by_kl = (behind, by_kl) if after == "ce" else (by_ce, by_kl + behind)
+            d_odds = (benign + behind) * log_f.exp() - flag * log_not_f.exp()                       # (n,)
+            d_flags = d_odds[:, None] * flags.softmax(-1)                                           # (n, F)
+            d_rows += d_flags.T @ h.to(wide)
+            if ctx.needs_input_grad[0]:
+                d_words = log_q.exp_().mul_((by_kl + by_ce - d_odds)[:, None])                      # (n, V)
+                d_words.addcmul_(p0, by_kl[:, None], value=-1)
+                d_words[torch.arange(len(part)), said] -= by_ce
+                d_hidden[part] = (d_words.to(hidden.dtype) @ head) + (d_flags @ flag_rows.to(wide)).to(hidden.dtype)
+        ctx.save_for_backward(d_hidden, d_rows)
+        ctx.mark_non_differentiable(sums)
+        return (sums * weights).sum(), sums
+
+    @staticmethod
+    def backward(ctx, d_loss, _):
+        d_hidden, d_rows = ctx.saved_tensors
+        return d_hidden * d_loss, d_rows * d_loss, None, None, None, None, None, None

@@ -24,7 +24,8 @@ from calibrate import evaluate, print_table
 from cli import option, parse, run, say
 from data.store import open_store
 from model import Llama, LlamaConfig
-from objective import TERMS, backward, by_length, lay_out, read
+from objective import TERMS, by_length, lay_out, objective
+from packed import read
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -214,7 +215,9 @@ def train_step(model, optimizer, layouts, config):
     optimizer.zero_grad()
     sums = torch.zeros(len(TERMS), device=weights.device)
     for i in range(0, len(layouts), config.micro_batch):
-        sums += backward(model, layouts[i:i + config.micro_batch], weights, config.after_loss)
+        loss, part = objective(model, layouts[i:i + config.micro_batch], weights, config.after_loss)
+        loss.backward()
+        sums += part
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(trained, config.clip)
     if not torch.isfinite(norm):

@@ -1,11 +1,13 @@
 """The objective against its definition: float64, finite differences, hand-worked layouts."""
-import contextlib
-
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from objective import (TERMS, Example, backward, decompose, flag_prob, lay_out, make_example, pad,
-                       position_losses, read, read_both)
+from objective import TERMS, Example, VocabularyLoss, decompose, flag_prob, lay_out, make_example, objective, pad
+from packed import Packed, read, read_both
 
 BENIGN, FLAG, AFTER, WORDS = range(4)
 RF = 272  # the tiny model's flag
@@ -79,37 +81,72 @@ def test_kl_to_pi_is_kl_to_q_minus_log_of_no_flag(n_flags):
     torch.testing.assert_close(flag_prob(words, flags), f)
 
 
-class Float64Head:
-    """What position_losses asks of a model, in float64."""
+def random_positions(n=7, c=6, v=9, n_flags=2, dtype=torch.float64):
+    """hidden, the flags' rows, reference, head, terms, weights, target, as VocabularyLoss takes them."""
+    g = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)
+    terms = torch.randint(2, (n, len(TERMS)), generator=g)
+    return (draw(n, c).requires_grad_(), draw(n_flags, c).requires_grad_(), draw(n, c), draw(v, c), terms,
+            torch.rand(len(TERMS), generator=g, dtype=dtype), torch.randint(v, (n,), generator=g))
 
-    def __init__(self, c=6, v=9):
-        g = torch.Generator().manual_seed(0)
-        self.words = torch.randn(v, c, generator=g, dtype=torch.float64)
-        self.rows = torch.randn(2, c, generator=g, dtype=torch.float64, requires_grad=True)
 
-    def logits(self, h):
-        return h @ self.words.T
+def plain_terms(hidden, rows, reference, head, terms, target, after):
+    """Each term's sum, of pi and pi_0 written out whole."""
+    v = len(head)
+    log_pi = torch.cat([hidden @ head.T, hidden @ rows.T], -1).log_softmax(-1)
+    log_f, log_not_f = (log_pi[:, part].logsumexp(-1) for part in (slice(v, None), slice(v)))
+    log_p0 = (reference @ head.T).log_softmax(-1)
+    kl_pi = F.kl_div(log_pi[:, :v], log_p0, log_target=True, reduction="none").sum(-1)
+    said = F.nll_loss(log_pi[:, :v], target, reduction="none")
+    losses = torch.stack([kl_pi, -log_f, said if after == "ce" else kl_pi, kl_pi + log_not_f], -1)
+    return (losses * terms).sum(0)
 
-    def split_logits(self, h):
-        return h @ self.words.T, h @ self.rows.T
 
-    @contextlib.contextmanager
-    def flag_off(self):
-        yield
+@pytest.mark.parametrize("after", ["kl", "ce"])
+@pytest.mark.parametrize("chunk", [2, 128])
+def test_the_vocabulary_loss_is_the_plain_one_in_float64(monkeypatch, after, chunk):
+    monkeypatch.setattr(VocabularyLoss, "CHUNK", chunk)
+    hidden, rows, reference, head, terms, weights, target = random_positions()
+    loss, sums = VocabularyLoss.apply(hidden, rows, reference, head, terms, weights, target, after)
+    plain = plain_terms(hidden, rows, reference, head, terms, target, after)
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    close(sums, plain)
+    close(loss, plain @ weights)
+    for found, wanted in zip(torch.autograd.grad(3 * loss, (hidden, rows)),
+                             torch.autograd.grad(3 * plain @ weights, (hidden, rows))):
+        close(found, wanted)
 
 
 @pytest.mark.parametrize("after", ["kl", "ce"])
 @pytest.mark.parametrize("term", range(4))
 def test_each_term_has_the_gradient_of_finite_differences(term, after):
-    model, g = Float64Head(), torch.Generator().manual_seed(1)
-    hidden, reference = (torch.randn(4, 6, generator=g, dtype=torch.float64) for _ in "hr")
-    hidden.requires_grad_()
+    hidden, rows, reference, head, terms, _, target = random_positions()
+    weights = F.one_hot(torch.tensor(term), len(TERMS)).double()
+    assert torch.autograd.gradcheck(lambda hidden, rows: VocabularyLoss.apply(
+        hidden, rows, reference, head, terms, weights, target, after)[0], (hidden, rows))
 
-    def loss(hidden, rows):
-        model.rows = rows
-        return position_losses(model, hidden, reference, torch.tensor([0, 3, 8, 1]), after)[:, term]
 
-    assert torch.autograd.gradcheck(loss, (hidden, model.rows))
+def test_a_probe_needs_no_gradient_of_the_hidden_states():
+    hidden, rows, *rest = random_positions()
+    whole = torch.autograd.grad(VocabularyLoss.apply(hidden, rows, *rest, "kl")[0], rows)[0]
+    alone = torch.autograd.grad(VocabularyLoss.apply(hidden.detach(), rows, *rest, "kl")[0], rows)[0]
+    assert torch.equal(whole, alone)
+
+
+def test_no_tensor_is_as_large_as_vocabulary_times_positions():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return out
+
+    inputs = random_positions(n=600, c=4, v=5000, dtype=torch.float32)
+    with Largest() as largest:
+        VocabularyLoss.apply(*inputs, "kl")[0].backward()
+    assert largest.numel == VocabularyLoss.CHUNK * 5000
 
 
 def layouts():
@@ -120,7 +157,12 @@ def layouts():
 
 def gradients(model, groups, weights, **settings):
     model.zero_grad()
-    sums = sum(backward(model, group, weights, **settings) for group in groups)
+    sums = 0
+    for group in groups:
+        loss, part = objective(model, group, weights, **settings)
+        loss.backward()
+        torch.testing.assert_close(loss.detach(), (part * weights).sum())
+        sums = sums + part
     return sums, {n: p.grad.clone() for n, p in model.flag_parameters().items() if p.requires_grad}
 
 
@@ -141,9 +183,9 @@ def plain_loss(model, batch, weights, after):
 
 
 @pytest.mark.parametrize("after", ["kl", "ce"])
-def test_backward_gives_the_gradient_of_the_plain_objective(flagged, after):
+def test_it_has_the_gradient_of_the_plain_objective(flagged, after):
     weights = torch.tensor([0.3, 0.7, 0.2, 0.5])
-    sums, found = gradients(flagged, [layouts()], weights, after=after, chunk=5)
+    sums, found = gradients(flagged, [layouts()], weights, after=after)
     flagged.zero_grad()
     loss = plain_loss(flagged, layouts(), weights, after)
     loss.backward()
@@ -177,22 +219,33 @@ def test_blocks_without_lora_are_read_once_for_both_models(model, layers, rank):
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_micro_batches_and_chunks_add_up_to_one_batch(flagged):
+def test_micro_batches_and_chunks_add_up_to_one_batch(flagged, monkeypatch):
     weights = torch.tensor([0.3, 0.7, 0.2, 0.5])
-    sums, whole = gradients(flagged, [layouts()], weights, chunk=1000)
-    parts_sums, parts = gradients(flagged, [[x] for x in layouts()], weights, chunk=3)
+    sums, whole = gradients(flagged, [layouts()], weights)
+    monkeypatch.setattr(VocabularyLoss, "CHUNK", 3)
+    parts_sums, parts = gradients(flagged, [[x] for x in layouts()], weights)
     torch.testing.assert_close(sums, parts_sums, rtol=1e-4, atol=1e-5)
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_only_the_adapter_gets_gradients(flagged):
-    backward(flagged, layouts(), torch.ones(len(TERMS)))
+    objective(flagged, layouts(), torch.ones(len(TERMS)))[0].backward()
     assert {n for n, p in flagged.named_parameters() if p.grad is not None} == set(flagged.flag_parameters())
 
 
-def test_a_common_beginning_is_read_once_with_the_same_states_and_gradients(flagged):
-    rows = [[5, 6, 7, 8, 9], [5, 6, 7, 20], [5, 6, 7, 8, 30, 31, 32]]
+@given(st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=6), min_size=1, max_size=6))
+def test_packed_rows_hold_each_beginning_once(rows):
+    packed = Packed(rows, "cpu")
+    assert [[packed.ids[i] for i in path] for path in packed.paths] == rows
+    assert [packed.at[0, path].tolist() for path in packed.paths] == [list(range(len(r))) for r in rows]
+    assert len(packed.ids) == len({tuple(r[:n]) for r in rows for n in range(1, len(r) + 1)})  # a node of the trie each
+
+
+@pytest.mark.parametrize("rows", [
+    [[5, 6, 7, 8, 9], [5, 6, 7, 20], [5, 6, 7, 8, 30, 31, 32]], [[5, 6], [7], [8, 9, 10, 11]], [[5, 6, 7]],
+    [[5, 6, 7, RF, 8, 9], [5, 6, 7, 8, 9], [5, 6, 7, 8, 9], [5, 6]]])
+def test_a_common_beginning_is_read_once_with_the_same_states_and_gradients(flagged, rows):
     grads = []
     for states in (read(flagged, rows), [flagged(torch.tensor([r]))[0] for r in rows]):
         flagged.zero_grad()

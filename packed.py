@@ -1,0 +1,105 @@
+"""Reading many rows at once for training and scoring: no padding, and what rows have in common is read once.
+
+A batch becomes one sequence of N tokens. Everything in a Llama but attention works token by token, so it does not ask
+whose token it is; attention looks the rows' tokens up. With a chat template's system text at the head of every prompt,
+and a harmful answer read twice, with the flag in it and without, this saves a third of the work.
+
+    row 0   s s s a b c         packed        s s s   a b c   d e   f
+    row 1   s s s d e           paths of 2    0 1 2   6 7 8
+    row 2   s s s d e f         segments      three at 0, (three and two) at 3, one at 5
+"""
+import os
+
+import torch
+from torch import nn
+
+from model import attend, visible
+
+
+class Packed:
+    """Rows (lists of ids) as one sequence: `ids`, a list, and `paths`, for each row the places of its tokens in it. As
+    model(ids, cache) takes it for a cache: it knows the tokens' positions, and how they attend to each other."""
+
+    longest = 0  # nothing was read before
+
+    def __init__(self, rows, device):
+        self.ids, positions, self.paths, segments = [], [], [None] * len(rows), {}
+        shared = os.path.commonprefix(rows)
+        path, last = [], []
+        for i, row in [(None, shared)] + sorted(enumerate(rows), key=lambda item: item[1]):  # neighbours share most
+            start = len(os.path.commonprefix([last, row]))
+            new = range(len(self.ids), len(self.ids) + len(row) - start)
+            path, last = path[:start] + list(new), row
+            self.ids += row[start:]
+            positions += range(start, len(row))
+            if i is not None:
+                self.paths[i] = path
+            if new:
+                segments.setdefault(start, []).append((new, path))
+        self.at = torch.tensor(positions, device=device)[None]                                      # (1, N)
+        self.groups = [Group(start, members, device) for start, members in segments.items()]
+        self.back = torch.cat([g.own for g in self.groups]).argsort()                               # (N,)
+
+    def positions(self, n_new):
+        assert n_new == len(self.ids)
+        return self.at
+
+    def advance(self, n_new):
+        pass
+
+    def attend(self, layer, q, k, v, mask):
+        """Attention (1, H, N, D) of q to k, v (1, K, N, D), each token to those before it in its row."""
+        H, D = q.shape[1], q.shape[3]
+        q, k, v = (x[0].transpose(0, 1).flatten(1) for x in (q, k, v))                              # (N, H D), (N, K D)
+        take = lambda x, where: nn.functional.embedding(where, x).unflatten(-1, (-1, D)).transpose(1, 2)
+        found = []
+        for g in self.groups:
+            y = attend(take(q, g.queries), take(k, g.keys), take(v, g.keys), g.mask)                # (B, H, T, D)
+            found.append(y.transpose(1, 2).flatten(0, 1)[g.real])                                   # (n, H, D)
+        return torch.cat(found)[self.back].transpose(0, 1)[None]
+
+
+class Group:
+    """Segments that begin at the same position, attended side by side: B of them, T the longest, S what is before."""
+
+    def __init__(self, start, members, device):
+        T = max(len(new) for new, _ in members)
+        fill = lambda places, n: [*places, *[0] * (n - len(places))]  # with any token: nobody looks at it
+        tensor = lambda x: torch.tensor(x, device=device)
+        self.queries = tensor([fill(new, T) for new, _ in members])                                 # (B, T)
+        self.keys = tensor([fill(path, start + T) for _, path in members])                          # (B, S+T)
+        self.mask = visible(start + torch.arange(T, device=device)[None], start) if start else None  # (1, 1, T, S+T)
+        self.own = tensor([place for new, _ in members for place in new])                           # (n,)
+        self.real = tensor([b * T + t for b, (new, _) in enumerate(members) for t in range(len(new))])
+
+
+def read(model, rows):
+    """Final hidden states of rows (lists of ids): a list of (len, C)."""
+    packed = Packed(rows, model.inv_freq.device)
+    hidden = model(torch.tensor([packed.ids], device=packed.at.device), packed)[0]                  # (N, C)
+    return [hidden[path] for path in packed.paths]
+
+
+def read_both(model, rows, reference_rows):
+    """(final hidden states of the rows, of the reference rows by the original model), lists as of `read`. The blocks
+    below LoRA give both models the same, so they read what both see but once."""
+    k, device = model.n_frozen, model.inv_freq.device
+    if not k:
+        with torch.no_grad(), model.flag_off():
+            reference = read(model, reference_rows)
+        return read(model, rows), reference
+    both = Packed(rows + reference_rows, device)
+    with torch.no_grad():
+        below = model(torch.tensor([both.ids], device=device), both, last=k)[0]                     # (N, C)
+
+    def go_on(rows, paths):
+        packed = Packed(rows, device)
+        origin = torch.empty(len(packed.ids), dtype=torch.long)
+        for path, under in zip(packed.paths, paths):
+            origin[path] = torch.tensor(under)
+        hidden = model(below[origin.to(device)][None], packed, first=k)[0]
+        return [hidden[path] for path in packed.paths]
+
+    with torch.no_grad(), model.flag_off():
+        reference = go_on(reference_rows, both.paths[len(rows):])
+    return go_on(rows, both.paths[:len(rows)]), reference
