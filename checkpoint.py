@@ -118,11 +118,13 @@ def weights_hash(path):
 
 
 def write_adapter(folder, tensors, info):
-    """flag.safetensors and flag.json in `folder`, each by a temporary name and a rename."""
+    """flag.safetensors and flag.json in `folder`, each by a temporary name and a rename. Of an adapter that is there
+    already flag.json goes first: killed at any moment, this leaves the old one, none, or the new one, never a mix."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "flag.safetensors.tmp")
     (folder / "flag.json.tmp").write_text(json.dumps(info, indent=1), encoding="utf-8")
+    (folder / "flag.json").unlink(missing_ok=True)
     for name in ("flag.safetensors", "flag.json"):
         os.replace(folder / f"{name}.tmp", folder / name)
 

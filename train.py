@@ -286,7 +286,8 @@ def cut_log(out, n_steps):
     """Keeps the log's first n_steps lines: what an interrupted run wrote behind its checkpoint comes again."""
     path = out / "log.jsonl"
     lines = path.read_text().splitlines(keepends=True)[:n_steps] if path.exists() else []
-    path.write_text("".join(lines))
+    (out / "log.jsonl.tmp").write_text("".join(lines))
+    os.replace(out / "log.jsonl.tmp", path)
 
 
 # -------------------------------------------------------------------------------------------- checkpoints
@@ -362,7 +363,7 @@ def main():
     figures |= {"minutes": (time.perf_counter() - began) / 60, "peak_memory_mb": peak_memory_mb()}
     model.threshold = figures["threshold"]
     model.save_flag(out, settings=dataclasses.asdict(config), figures=figures)
-    (out / "checkpoint.pt").unlink()
+    (out / "checkpoint.pt").unlink()  # last: a run that is killed before goes on from it
     print_table(figures)
     print(f"\nadapter in {out}; try: python sample.py --adapter {out} --prompt \"...\"")
 
