@@ -2,6 +2,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import re
 import sys
 
@@ -90,8 +91,13 @@ def parse_line(line, where):
 
 
 def say(text):
-    """Progress and statistics, on stderr: stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
+    """Progress and statistics, on stderr: stdout is for results. Of several processes the first one speaks."""
+    if first_process():
+        print(text, file=sys.stderr, flush=True)
+
+
+def first_process():
+    return os.environ.get("RANK", "0") == "0"  # torchrun numbers the processes of a run
 
 
 def check_text(value, where):

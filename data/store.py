@@ -143,5 +143,5 @@ class Progress:
 
 
 def tell(text):
-    """As cli.say, but by any of several processes: the one that writes the store need not be the first."""
+    """As cli.say, but by any of several processes: who writes the store need not be the first."""
     print(text, file=sys.stderr, flush=True)
