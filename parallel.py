@@ -71,7 +71,7 @@ class Team:
         self.model, self.root = model, Root(model)
         self.trained = self.root
         if self.size > 1:
-            self.trained = nn.parallel.DistributedDataParallel(self.root, broadcast_buffers=False)
+            self.trained = nn.parallel.DistributedDataParallel(self.root, forward_sync_buffers=False)
         return self
 
     def take_parts(self, model):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import checkpoint
 import train
 from checkpoint import read_adapter
+from forked import exit_code, fork
 from test_train import SMALL, write_records
 
 KILLS = int(os.environ.get("KILLS", 5))
@@ -51,39 +52,28 @@ class Moments:
 
 @pytest.fixture
 def start(tiny, tmp_path):
-    """start(out, n=None, share=0): train.py's main() in a forked process, which counts its moments; its pid. Forked,
-    as it takes seconds to import torch."""
+    """start(out, n=None, share=0): train.py's main() in a process of its own, which counts its moments; its pid."""
     records = write_records(tmp_path / "records.jsonl", 2)
     flags = SMALL | {"weights": tiny, "train": records, "dev": records, "tokens": tmp_path / "tokens", "steps": 3,
                      "layers": 1, "batch": 2, "save-every": 1, "max-answer": 6, "start-answer": 2}
 
     def call(out, n=None, share=0.0):
-        pid = os.fork()
-        if pid:
-            return pid
-        try:
-            with open(tmp_path / "output", "a") as output:
-                sys.stdout = sys.stderr = output
-                torch.set_num_threads(1)  # other threads do not live through a fork
-                sys.argv = ["train.py", "--out", str(tmp_path / out),
-                            *(str(a) for k, v in flags.items() for a in (f"--{k}", v))]
-                moments = Moments(n, share)
-                train.main()
-                (tmp_path / f"{out}.moments").write_text(str(moments.count))
-                output.flush()
-                os._exit(0)
-        except BaseException as e:
-            (tmp_path / "error").write_text(repr(e))
-        finally:
-            os._exit(1)
+        def work():
+            sys.argv = ["train.py", "--out", str(tmp_path / out), *(str(a) for k, v in flags.items() for a in (f"--{k}", v))]
+            moments = Moments(n, share)
+            train.main()
+            with open(tmp_path / f"{out}.moments", "w") as file:
+                file.write(str(moments.count))
+
+        return fork(work, tmp_path / "output")
 
     return call
 
 
 def ended(pid, tmp_path):
     """0, or -9 where it was killed."""
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert code in (0, -signal.SIGKILL), (tmp_path / "error").read_text()
+    code = exit_code(pid)
+    assert code in (0, -signal.SIGKILL), (tmp_path / "output").read_text()
     return code
 
 
