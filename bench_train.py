@@ -16,6 +16,7 @@ from cli import option, say
 from data.prepare import read_records
 from objective import TERMS, Example, make_example, pad
 from packed import Packed
+from parallel import Team
 from train import TrainConfig, make_optimizer, step_layouts, train_step
 
 LORA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -174,10 +175,10 @@ def train_bench(config):
     model, peer, tok = build(config)
     model.add_flag(rank=job.rank, alpha=job.alpha, seed=0, layers=job.layers or None)
     model.recompute = config.recompute
-    optimizer = make_optimizer(model, job)
+    team, optimizer = Team(model.inv_freq.device).take(model), make_optimizer(model, job)
     for group in optimizer.param_groups:
         group["lr"] = 1e-6
-    known = {"nanoflag": lambda layouts: list(train_step(model, optimizer, layouts, job)[0].values())}
+    known = {"nanoflag": lambda layouts: list(train_step(team, optimizer, layouts, job)[0].values())}
     if peer is not None:
         known["transformers + peft"] = Peer(peer, job, model.config.vocab_size).step
     examples = examples_of(config, job, tok, model.config.max_position_embeddings - 1)

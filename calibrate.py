@@ -8,34 +8,40 @@ from objective import by_length, decompose, flag_prob
 from packed import read, read_both
 
 
-@torch.no_grad()
-def score(model, examples, batch=16, chunk=512):
+def score(model, examples, batch=16, chunk=512, spread=None):
     """For each Example a dict of lists over its answer positions: f, kl_q = KL(pi_0 || q), kl_pi = KL(pi_0 || pi), the
     answer's own words' -log q and -log pi_0 (nll_q, nll_0), and whether both models' likeliest word is the same.
 
     The answer is read as it stands, without any flag in it (what mode shadow sees). Nats; f in double precision.
+    `spread` spreads the work over several processes (parallel.py, Team.spread).
     """
-    found = [None] * len(examples)
-    for part in by_length(examples, batch):
-        ids = [examples[i].ids for i in part]
-        spans = [slice(examples[i].n_prompt - 1, len(examples[i].ids) - 1) for i in part]
-        take = lambda hidden: torch.cat([h[s] for h, s in zip(hidden, spans)]).split(chunk)         # (n, C) each
-        hidden, reference = (take(x) for x in read_both(model, ids, ids))
-        target = torch.tensor([t for i in part for t in examples[i].ids[examples[i].n_prompt:]]).split(chunk)
-        results = []
-        for h, h0, t in zip(hidden, reference, target):
-            with model.flag_off():
-                reference_words = model.logits(h0)                                                  # (n, V)
-            words, flags = model.split_logits(h)
-            kl, _, log_not_f = decompose(words, flags, reference_words)
-            nll_q, nll_0 = (F.cross_entropy(x, t.to(x.device), reduction="none") for x in (words, reference_words))
-            same = words.argmax(-1) == reference_words.argmax(-1)
-            results.append([x.cpu() for x in (flag_prob(words, flags), kl, kl - log_not_f, nll_q, nll_0, same)])
-        sizes = [examples[i].n_answer for i in part]
-        lists = [[x.tolist() for x in torch.cat(column).split(sizes)] for column in zip(*results)]
-        for i, *values in zip(part, *lists):
-            found[i] = dict(zip(("f", "kl_q", "kl_pi", "nll_q", "nll_0", "same"), values))
+    found, parts = [None] * len(examples), by_length(examples, batch)
+    work = lambda model, part: score_together(model, [examples[i] for i in part], chunk)
+    for part, scores in zip(parts, spread(work, parts) if spread else (work(model, part) for part in parts)):
+        for i, result in zip(part, scores):
+            found[i] = result
     return found
+
+
+@torch.no_grad()
+def score_together(model, examples, chunk):
+    """`score` of one batch."""
+    ids, spans = [e.ids for e in examples], [slice(e.n_prompt - 1, len(e.ids) - 1) for e in examples]
+    take = lambda hidden: torch.cat([h[s] for h, s in zip(hidden, spans)]).split(chunk)             # (n, C) each
+    hidden, reference = (take(x) for x in read_both(model, ids, ids))
+    target = torch.tensor([t for e in examples for t in e.ids[e.n_prompt:]]).split(chunk)
+    results = []
+    for h, h0, t in zip(hidden, reference, target):
+        with model.flag_off():
+            reference_words = model.logits(h0)                                                      # (n, V)
+        words, flags = model.split_logits(h)
+        kl, _, log_not_f = decompose(words, flags, reference_words)
+        nll_q, nll_0 = (F.cross_entropy(x, t.to(x.device), reduction="none") for x in (words, reference_words))
+        same = words.argmax(-1) == reference_words.argmax(-1)
+        results.append([x.cpu() for x in (flag_prob(words, flags), kl, kl - log_not_f, nll_q, nll_0, same)])
+    sizes = [e.n_answer for e in examples]
+    lists = [[x.tolist() for x in torch.cat(column).split(sizes)] for column in zip(*results)]
+    return [dict(zip(("f", "kl_q", "kl_pi", "nll_q", "nll_0", "same"), values)) for values in zip(*lists)]
 
 
 @torch.no_grad()
@@ -51,9 +57,9 @@ def flag_probs(model, examples, batch=16, chunk=512):
     return found
 
 
-def evaluate(model, examples, fpr):
+def evaluate(model, examples, fpr, spread=None):
     """The table's figures, on development answers: threshold, KLs, AUROCs, flagged shares."""
-    scores = score(model, examples)
+    scores = score(model, examples, spread=spread)
     kinds = {"benign": [], "borderline": [], "harmful_opening": [], "harmful_direct": []}
     kl = {"benign": [], "harmful": []}
     for e, s in zip(examples, scores):

@@ -68,7 +68,40 @@ def load_weights(model, path):
         # the largest first, while the model's own memory is still untouched: its mapped pages come on top
         for name, parameter in sorted(wanted.items(), key=lambda item: -item[1].numel()):
             # opened anew for each tensor: closing gives the mapped pages back, so that memory stays near 1x
-            parameter.copy_(open_weights(files[name]).get_tensor(name))
+            file = open_weights(files[name])
+            if hasattr(parameter, "to_local"):  # one of several processes, and these rows are all that it reads
+                begin, n = own_rows(parameter)
+                parameter.to_local().copy_(file.get_slice(name)[begin:begin + n] if n else torch.empty(0))
+            else:
+                parameter.copy_(file.get_tensor(name))
+
+
+def own_rows(tensor):
+    """(first row, number of rows) that this process holds of a tensor cut along its rows (DTensor)."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return offset[0], shape[0]
+
+
+def whole(tensor):
+    """A tensor put together if several processes hold a part each; then all of them have to call this."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def part_like(parameter, tensor):
+    """A whole tensor cut as the parameter is, or as it is."""
+    if not hasattr(parameter, "to_local"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    # None: each process cuts the tensor that it has, nothing is sent
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements,
+                             src_data_rank=None)
+
+
+@torch.no_grad()
+def fill(parameter, tensor):
+    """Sets a parameter, of which several processes may hold a part each, to a whole tensor."""
+    parameter.copy_(part_like(parameter, tensor))
 
 
 def weight_names(model):
@@ -123,11 +156,13 @@ def weights_hash(path):
 
 
 def write_adapter(folder, tensors, info):
-    """flag.safetensors and flag.json in `folder`, each by a temporary name and a rename."""
+    """flag.safetensors and flag.json in `folder`, each by a temporary name and a rename. Of an adapter that is there
+    already flag.json goes first: killed at any moment, this leaves the old one, none, or the new one, never a mix."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "flag.safetensors.tmp")
     (folder / "flag.json.tmp").write_text(json.dumps(info, indent=1), encoding="utf-8")
+    (folder / "flag.json").unlink(missing_ok=True)
     for name in ("flag.safetensors", "flag.json"):
         os.replace(folder / f"{name}.tmp", folder / name)
 

@@ -2,6 +2,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import re
 import sys
 
@@ -55,30 +56,48 @@ def parse(Config, argv, description=None):
 
 def read_jsonl(path):
     """(line number, object) of each line of a JSON Lines file; blank lines are skipped. ValueError names the line."""
-    try:
-        text = open(path, encoding="utf-8").read()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"cannot read {path}: {e}") from None
-    records = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path}:{number}: no JSON: {e}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}:{number}: wanted a JSON object, found {type(record).__name__}")
-        check_text(record, f"{path}:{number}")
-        records.append((number, record))
+    records = [(number, parse_line(line, f"{path}:{number}")) for number, line in read_lines(path)]
     if not records:
         raise ValueError(f"{path} is empty: wanted one JSON object a line")
     return records
 
 
+def read_lines(path):
+    """Yields (line number, line) of each line that is not blank, one in memory at a time. Bytes that are no UTF-8 stand
+    there as lone surrogates, so that one bad line does not end the reading: parse_line names them."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line
+    except OSError as e:
+        raise ValueError(f"cannot read {path}: {e}") from None
+
+
+def parse_line(line, where):
+    """The object of one line of `read_lines`; ValueError with `where`."""
+    try:
+        record = json.loads(line.encode("utf-8", "surrogateescape").decode("utf-8"))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{where}: no JSON: {e}") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{where}: cannot read it: {e}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: no JSON: nested too deep") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: wanted a JSON object, found {type(record).__name__}")
+    check_text(record, where)
+    return record
+
+
 def say(text):
-    """Progress and statistics, on stderr: stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
+    """Progress and statistics, on stderr: stdout is for results. Of several processes the first one speaks."""
+    if first_process():
+        print(text, file=sys.stderr, flush=True)
+
+
+def first_process():
+    return os.environ.get("RANK", "0") == "0"  # torchrun numbers the processes of a run
 
 
 def check_text(value, where):

@@ -62,7 +62,8 @@ def prepare(model, tok, records, config):
             row.requires_grad_(False)
     generator = torch.Generator().manual_seed(config.seed)
     for layer in model.block_linears():
-        layer.add_lora(config.rank, config.alpha, generator)
+        layer.add_lora(config.rank, config.alpha)
+        layer.start_lora(generator)
     model.n_frozen = 0
     return [make_example(tok, r, config.max_answer, model.config.max_position_embeddings) for r in records]
 

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import (check_tensors, load_weights, pick_device, pick_dtype, read_adapter, read_json, weights_hash,
-                        write_adapter)
+from checkpoint import (check_tensors, fill, load_weights, pick_device, pick_dtype, read_adapter, read_json, weights_hash,
+                        whole, write_adapter)
+from cli import first_process
 
 
 # ------------------------------------------------------------------------------------------------- config
@@ -42,6 +43,11 @@ class LlamaConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
+
+    @classmethod
+    def from_pretrained(cls, path):
+        path = Path(path) / "config.json"
+        return cls.from_dict(read_json(path), path)
 
     @classmethod
     def from_dict(cls, d, where="config.json"):
@@ -132,12 +138,15 @@ class Linear(nn.Linear):
         super().__init__(*args, **kwargs)
         self.lora_A = self.lora_B = None
 
-    def add_lora(self, rank, alpha, generator=None):
-        bound = 1 / math.sqrt(self.in_features)  # what kaiming_uniform_(a=sqrt(5)) gives, as in the LoRA code
-        A = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(A.to(self.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=self.weight.device))  # identity at start
+    def add_lora(self, rank, alpha):
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=self.weight.device))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, device=self.weight.device))
         self.lora_scale, self.lora_on = alpha / rank, True
+
+    def start_lora(self, generator):
+        bound = 1 / math.sqrt(self.in_features)  # what kaiming_uniform_(a=sqrt(5)) gives, as in the LoRA code
+        fill(self.lora_A, torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
+        fill(self.lora_B, torch.zeros(self.lora_B.shape))  # the identity at the start
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
@@ -334,20 +343,21 @@ class Llama(nn.Module):
         self.threshold, self.path = None, None
 
     @classmethod
-    def from_pretrained(cls, path, dtype="auto", device="auto"):
+    def from_pretrained(cls, path, dtype="auto", device="auto", cut=None):
         """The original model of a folder with config.json and model.safetensors (or shards and their index).
 
         dtype "auto" is bf16 where the machine multiplies in it, else fp32; device "auto" is cuda, mps or cpu.
         Raises ValueError for anything missing, extra, misshapen or not supported. Peak memory: the weights and one
-        tensor more.
+        tensor more. `cut` cuts the model among several processes before it has memory (parallel.py, take_parts).
         """
         path = Path(path)
         device = pick_device() if device == "auto" else torch.device(device)
         dtype = pick_dtype(device) if dtype == "auto" else dtype
-        config = LlamaConfig.from_dict(read_json(path / "config.json"), path / "config.json")
+        config = LlamaConfig.from_pretrained(path)
         with torch.device("meta"):
             model = cls(config).to(dtype)
-        model.to_empty(device=device).requires_grad_(False)
+        model.requires_grad_(False)
+        (cut(model) if cut else model).to_empty(device=device)
         model.inv_freq = inverse_frequencies(config).to(device)
         model.path = path
         load_weights(model, path)
@@ -419,17 +429,29 @@ class Llama(nn.Module):
         self.n_flags, self.flag_on = n_flags, True
         n_lora = 0 if rank == 0 else len(self.layers) if layers is None else min(layers, len(self.layers))
         self.n_frozen = len(self.layers) - n_lora
-        start = words.float().mean(0).repeat(n_flags, 1)
-        self.flag_embed = nn.Parameter(start, requires_grad=self.n_frozen == 0)     # (F, C)
-        self.flag_unembed = nn.Parameter(torch.zeros_like(start))                   # (F, C)
-        generator = torch.Generator().manual_seed(seed)
+        empty = lambda: torch.empty(n_flags, words.shape[1], device=words.device)
+        self.flag_embed = nn.Parameter(empty(), requires_grad=self.n_frozen == 0)   # (F, C)
+        self.flag_unembed = nn.Parameter(empty())                                   # (F, C)
         upper = set(self.layers[self.n_frozen:].modules())
         for layer in self.block_linears():
             if layer in upper:
-                layer.add_lora(rank, alpha, generator)
+                layer.add_lora(rank, alpha)
             else:
                 layer.lora_A = layer.lora_B = None
                 layer.lora_on = False
+        if not words.is_meta:
+            self.start_flag(seed)
+
+    @torch.no_grad()
+    def start_flag(self, seed):
+        """Gives what add_flag has added its values; add_flag does so itself, unless the model has no memory yet."""
+        words, generator = self.embed_tokens.weight, torch.Generator().manual_seed(seed)
+        mean = whole(words.float().sum(0)) / len(words)                             # (C,)
+        fill(self.flag_embed, mean.expand_as(self.flag_embed))
+        fill(self.flag_unembed, torch.zeros(self.flag_unembed.shape))
+        for layer in self.block_linears():
+            if layer.lora_on:
+                layer.start_lora(generator)
 
     def block_linears(self):
         return [m for m in self.modules() if isinstance(m, Linear)]
@@ -464,15 +486,19 @@ class Llama(nn.Module):
                 self.merged = True
 
     def save_flag(self, folder, **info):
-        """Writes flag.safetensors (LoRA and flag rows) and flag.json: `info`, threshold, base weights' hash."""
+        """Writes flag.safetensors (LoRA and flag rows) and flag.json: `info`, threshold, base weights' hash. Of several
+        processes the first writes; if they hold a part of the model each, all have to call this."""
         if self.merged:
             raise ValueError("the adapter is merged into the weights: there is no LoRA left to save")
+        tensors = {n: whole(p.detach()).cpu().contiguous() for n, p in self.flag_parameters().items()}
+        if not first_process():
+            return
         layer = self.layers[-1].self_attn.q_proj
         rank = len(layer.lora_A) if layer.lora_on else 0
         info = {"n_flags": self.n_flags, "rank": rank, "alpha": layer.lora_scale * rank if rank else 0.0,
                 "layers": len(self.layers) - self.n_frozen,
                 "threshold": self.threshold, "base_sha256": weights_hash(self.path)} | info
-        write_adapter(folder, {n: p.detach().cpu().contiguous() for n, p in self.flag_parameters().items()}, info)
+        write_adapter(folder, tensors, info)
 
     def load_flag(self, folder, force=False):
         """Adds the adapter that training saved in `folder`, sets self.threshold, and returns flag.json's content.

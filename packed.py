@@ -57,7 +57,7 @@ class Packed:
 
     def attend(self, layer, q, k, v, mask):
         """Attention (1, H, N, D) of q to k, v (1, K, N, D), each token to those before it in its row."""
-        H, D = q.shape[1], q.shape[3]
+        D = q.shape[3]
         q, k, v = (x[0].transpose(0, 1).flatten(1) for x in (q, k, v))                              # (N, H D), (N, K D)
         take = lambda x, where: nn.functional.embedding(where, x).unflatten(-1, (-1, D)).transpose(1, 2)
         found = []

@@ -29,6 +29,7 @@ from data.prepare import read_records, write_records
 from finetune import DEFAULTS
 from measures import share, tpr_at
 from model import Llama
+from parallel import Team
 from record import Progress, Run, digest
 from report import FPR, area, percent, table
 from sample import generate
@@ -67,7 +68,7 @@ def fine_tuned(wanted):
     info = Path(wanted.out) / "finetune.json"
     if not info.is_file():
         say(f"fine-tuning {wanted.out}")
-        train.fine_tune(wanted)
+        train.fine_tune(wanted, Team(wanted.device))
     if read_json(info)["run"] != json.loads(json.dumps(train.run_id(wanted))):
         raise ValueError(f"{wanted.out} was fine-tuned with other settings or records: --fresh begins anew, --out "
                          "names another folder")

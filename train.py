@@ -8,7 +8,7 @@ The objective stands in objective.py. An interrupted run goes on where it stoppe
 Writes to --out: flag.safetensors, flag.json (settings, threshold, figures), log.jsonl (a line a step).
 """
 import dataclasses
-import hashlib
+import functools
 import json
 import math
 import os
@@ -24,14 +24,17 @@ import torch.nn.functional as F
 import finetune
 import objective
 from calibrate import evaluate, print_table
-from cli import option, parse, run, say
-from data.prepare import read_records
-from model import Llama
-from objective import by_length, make_example
+from checkpoint import fill, whole
+from cli import first_process, option, parse, run, say
+from data.store import open_store, sha256
+from model import Llama, LlamaConfig
+from objective import by_length
 from packed import read
+from parallel import Team
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
+N_START = 10_000  # records that the flag row's start is fitted on, at most: their hidden states lie in memory
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class TrainConfig:
     weights: str | None = option(None, "its folder (default: SmolLM2-135M-Instruct, fetched once)")
     train: str = option(str(HERE / "data/mini/train.jsonl"), "records to train on")
     dev: str = option(str(HERE / "data/mini/dev.jsonl"), "records for the threshold and the table; never trained on")
+    skip_bad: bool = option(False, "report and leave out records that cannot be read, in place of ending with an error")
+    tokens: str = option(str(HERE / "data/tokens"), "folder for tokenised records, which are used again")
     out: str = option("out", "folder to write")
     fresh: bool = option(False, "begin anew, though --out holds an unfinished run")
     finetune: str | None = option(None, "instead of all this, fine-tune the words on these records (finetune.py)")
@@ -77,6 +82,7 @@ class TrainConfig:
     seed: int = option(0, "of data order, insertions and LoRA")
     dtype: str = option("auto", "auto, float32 or bfloat16, of the frozen weights")
     device: str = option("auto", "auto, cuda, mps or cpu")
+    shard: bool = option(False, "under torchrun: each process holds a part of the model, for those that do not fit")
 
     def problems(self):
         choices = {"init": ("llama",), "positions": ("all", "one"), "after_loss": ("kl", "ce"),
@@ -106,19 +112,24 @@ class TrainConfig:
 
 # ---------------------------------------------------------------------------------------- the flag row's start
 
-@torch.no_grad()
-def hidden_states(model, examples, batch=16):
-    """Final hidden states of the original model where each answer token is predicted: a list of (n_answer, C)."""
-    found = [None] * len(examples)
+def hidden_states(model, examples):
+    """For each example what the original model has where the answer's tokens are predicted: final hidden states
+    (n_answer, C), fp32, and the logsumexp of its logits (n_answer,). On the CPU."""
     with model.flag_off():
-        for part in by_length(examples, batch):
-            for i, h in zip(part, read(model, [examples[i].ids for i in part])):
-                e = examples[i]
-                found[i] = h[e.n_prompt - 1:e.n_prompt - 1 + e.n_answer].float()
-    return found
+        hidden = [h[e.n_prompt - 1:-1] for e, h in zip(examples, read(model, [e.ids for e in examples]))]
+        lse = model.logits(torch.cat(hidden)).logsumexp(-1).cpu().split([len(h) for h in hidden])
+    return list(zip((h.float().cpu() for h in hidden), lse))
 
 
-def start_flag_rows(model, examples, config):
+def start_examples(examples, config):
+    """The beginnings of the answers that the start is fitted on: of all, or of N_START drawn by seed."""
+    order = range(len(examples))
+    if len(examples) > N_START:
+        order = shuffled(len(examples), config.seed)[:N_START].sort().values.tolist()
+    return [examples[i].cut(config.start_answer) for i in order]
+
+
+def start_flag_rows(team, examples, config, batch=16):
     """Sets the unembedding rows to a linear probe fitted on frozen hidden states; returns its loss, nats.
 
     The unembedding has no bias: log f/(1-f) = w.h - logsumexp(old logits). With w = 0, or the mean of the old rows,
@@ -127,11 +138,12 @@ def start_flag_rows(model, examples, config):
     targets, weighted as in the training to come. LoRA is left with what a linear probe cannot see, and its first
     gradients are small.
     """
-    states = hidden_states(model, examples)
-    H = torch.cat(states)                                                                           # (N, C)
-    head_dtype, device = model.embed_tokens.weight.dtype, H.device
-    with torch.no_grad(), model.flag_off():
-        lse = torch.cat([model.logits(h.to(head_dtype)).logsumexp(-1) for h in H.split(256)])       # (N,)
+    parts, found, device = by_length(examples, batch), [None] * len(examples), team.device
+    for part, states in zip(parts, team.spread(hidden_states, [[examples[i] for i in part] for part in parts])):
+        for i, state in zip(part, states):
+            found[i] = state
+    states, lse = zip(*found)
+    H, lse = torch.cat(states).to(device), torch.cat(lse).to(device)                                # (N, C), (N,)
     harmful = torch.cat([torch.full((len(h),), e.label == "harmful") for e, h in zip(examples, states)]).to(device)
     place = torch.cat([torch.arange(len(h)) for h in states]).to(device)                            # in the answer
     share = lambda x: x / x.sum().clamp(min=1e-9)
@@ -154,8 +166,9 @@ def start_flag_rows(model, examples, config):
 
     optimizer = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
     optimizer.step(closure)
+    row = team.agree(w.detach())
+    fill(team.model.flag_unembed, row.expand_as(team.model.flag_unembed))
     with torch.no_grad():
-        model.flag_unembed.copy_(w.expand_as(model.flag_unembed))
         return cross_entropy().item()
 
 
@@ -185,8 +198,7 @@ def step_layouts(examples, step, config, flag_id):
     layouts = []
     for k in range(step * config.batch, (step + 1) * config.batch):
         epoch, place = divmod(k, len(examples))
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
-        example = examples[order[place]]
+        example = examples[int(shuffled(len(examples), config.seed * 1000 + epoch)[place])]
         cut, draw = torch.rand(2, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k)).tolist()
         length = round(config.min_answer * (config.max_answer / config.min_answer) ** cut)
         example = example.cut(length)
@@ -194,6 +206,11 @@ def step_layouts(examples, step, config, flag_id):
         insert_at = first + insertion(draw, example.n_answer - first, config.early)
         layouts.append(goal(config).lay_out(example, insert_at, flag_id, config.offset, config.positions))
     return sorted(layouts, key=lambda x: len(x.ids))
+
+
+@functools.lru_cache(maxsize=2)  # of the same for every record of an epoch; a step may lie across two
+def shuffled(n, seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 def insertion(draw, n, early):
@@ -207,20 +224,18 @@ def insertion(draw, n, early):
     return min(int(math.exp(min(-math.log1p(-draw) / early, 40.0))) - 1, n - 1)  # 40: no overflow, far behind any n
 
 
-def train_step(model, optimizer, layouts, config):
+def train_step(team, optimizer, layouts, config):
     """One optimizer step; returns each term's mean in nats (None where it has no position), the gradient norm, and how
     many positions were supervised."""
     names, count = goal(config).TERMS, torch.tensor([t for x in layouts for t in x.terms]).sum(0)
     settings = torch.tensor([getattr(config, t) for t in names])
-    weights = (settings / count.clamp(min=1)).to(model.inv_freq.device)  # over the whole step, not a micro-batch
+    weights = (settings / count.clamp(min=1)).to(team.device)  # over the whole step, not a micro-batch
+    mine, n = team.share(layouts), config.micro_batch
     optimizer.zero_grad()
-    sums = torch.zeros(len(names), device=weights.device)
-    for i in range(0, len(layouts), config.micro_batch):
-        loss, part = goal(config).objective(model, layouts[i:i + config.micro_batch], weights, config.after_loss)
-        loss.backward()
-        sums += part
+    sums = team.gradients(lambda model, part: goal(config).objective(model, part, weights, config.after_loss),
+                          [mine[i:i + n] for i in range(0, len(mine), n)])
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(trained, config.clip)
+    norm = whole(torch.nn.utils.clip_grad_norm_(trained, config.clip))
     if not torch.isfinite(norm):
         raise ValueError(f"the gradient norm is {norm.item()}: lower --lr or --flag-lr")
     optimizer.step()
@@ -235,30 +250,34 @@ def make_optimizer(model, config):
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), weight_decay=0.0)
 
 
-def train(model, examples, config, flag_id, out):
+def train(team, examples, config, flag_id, out):
     """Runs the steps that are left, a log line each, a checkpoint every few. At a rate high enough to learn in so few
     steps f swings up and down as a whole; the mean of the last steps' weights does not."""
-    optimizer = make_optimizer(model, config)
-    mean = {n: torch.zeros_like(p) for n, p in model.flag_parameters().items()}  # of the last steps' weights
+    parameters, optimizer = team.model.flag_parameters(), make_optimizer(team.model, config)
+    mean = {n: torch.zeros_like(p) for n, p in parameters.items()}  # of the last steps' weights
     averaged = range(min(config.steps - 1, round(config.steps * (1 - config.average))), config.steps)
-    first = load_checkpoint(model, optimizer, mean, config, out)
+    run, state = run_id(config, examples), {"parameters": parameters, "mean": mean}
+    save = lambda step: team.save(out / "checkpoint.pt", optimizer, state, step=step, run=run)
+    first = 0 if config.fresh else resume(team, out / "checkpoint.pt", optimizer, state, run)
     if first == 0 and config.start_answer and not config.finetune:
         began = time.perf_counter()
-        nll = start_flag_rows(model, [e.cut(config.start_answer) for e in examples], config)
+        beginnings = start_examples(examples, config)
+        nll = start_flag_rows(team, beginnings, config)
         seconds = time.perf_counter() - began
-        say(f"flag row fitted on {len(examples)} answers: loss {nll:.3f} nats, {seconds:.0f} s")
+        say(f"flag row fitted on {len(beginnings)} answers: loss {nll:.3f} nats, {seconds:.0f} s")
     if first == 0:
-        save_checkpoint(model, optimizer, mean, config, out, 0)
-    cut_log(out, first)
+        save(0)
+    if team.first:
+        cut_log(out, first)
     began = time.perf_counter()
     for step in range(first, config.steps):
         start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, config.steps, config.warmup)
         layouts = step_layouts(examples, step, config, flag_id)
-        terms, norm, n_supervised = train_step(model, optimizer, layouts, config)
+        terms, norm, n_supervised = train_step(team, optimizer, layouts, config)
         if step in averaged:
-            for n, p in model.flag_parameters().items():
+            for n, p in parameters.items():
                 mean[n] += p.detach() / len(averaged)
         now = time.perf_counter()
         log_step(out, config, {
@@ -267,9 +286,9 @@ def train(model, examples, config, flag_id, out):
             "tokens_per_s": sum(len(x.ids) for x in layouts) / (now - start),
             "left_s": (now - began) / (step + 1 - first) * (config.steps - step - 1)})
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            save_checkpoint(model, optimizer, mean, config, out, step + 1)
+            save(step + 1)
     with torch.no_grad():
-        for n, p in model.flag_parameters().items():
+        for n, p in parameters.items():
             p.copy_(mean[n])
 
 
@@ -277,90 +296,84 @@ def log_step(out, config, r):
     terms = " ".join(f"{t} {r[t]:.4f}" if r[t] is not None else f"{t} -" for t in goal(config).TERMS)
     say(f"step {r['step']:4}/{config.steps} | loss {r['loss']:.4f} {terms} | sup {r['supervised']:,} tok | "
         f"lr {r['lr']:.1e} | gnorm {r['gradient_norm']:.2f} | {r['tokens_per_s']:.0f} tok/s | {r['left_s'] / 60:.1f} min left")
-    with open(out / "log.jsonl", "a") as f:
-        f.write(json.dumps(r) + "\n")
+    if first_process():
+        with open(out / "log.jsonl", "a") as f:
+            f.write(json.dumps(r) + "\n")
 
 
 def cut_log(out, n_steps):
     """Keeps the log's first n_steps lines: what an interrupted run wrote behind its checkpoint comes again."""
     path = out / "log.jsonl"
     lines = path.read_text().splitlines(keepends=True)[:n_steps] if path.exists() else []
-    path.write_text("".join(lines))
+    (out / "log.jsonl.tmp").write_text("".join(lines))
+    os.replace(out / "log.jsonl.tmp", path)
 
 
-# -------------------------------------------------------------------------------------------- checkpoints
-
-def run_id(config):
+def run_id(config, examples=None):
     """What two runs must share for one to go on with the other's checkpoint: all settings that change the result,
     and the records themselves."""
     settings = {k: v for k, v in dataclasses.asdict(config).items()
-                if k not in ("out", "fresh", "save_every", "train", "dev", "fpr", "weights", "device", "finetune",
-                             "adapter")}
-    digest = lambda path: hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    adapter = {"adapter": digest(Path(config.adapter) / "flag.safetensors")} if config.adapter else {}
-    return settings | adapter | {"records": digest(config.finetune or config.train)}
+                if k not in ("out", "fresh", "save_every", "train", "dev", "tokens", "shard", "fpr", "weights",
+                             "device", "finetune", "adapter")}
+    adapter = {"adapter": sha256(Path(config.adapter) / "flag.safetensors")} if config.adapter else {}
+    return settings | adapter | {"records": sha256(config.finetune) if config.finetune else examples.digest}
 
 
-def save_checkpoint(model, optimizer, mean, config, out, step):
-    state = {"step": step, "run": run_id(config), "optimizer": optimizer.state_dict(), "mean": mean,
-             "parameters": {n: p.detach() for n, p in model.flag_parameters().items()}}
-    torch.save(state, out / "checkpoint.pt.tmp")
-    os.replace(out / "checkpoint.pt.tmp", out / "checkpoint.pt")
-
-
-def load_checkpoint(model, optimizer, mean, config, out):
-    """Restores an unfinished run of the same settings; returns its step, 0 where there is none."""
-    path = out / "checkpoint.pt"
-    if config.fresh or not path.exists():
+def resume(team, path, optimizer, tensors, run):
+    """Goes on with an unfinished run that has the same run_id; returns its step, 0 where there is none."""
+    state = team.read(path)
+    if state is None:
         return 0
-    try:
-        state = torch.load(path, weights_only=True)
-        differ = [k for k, v in run_id(config).items() if state["run"].get(k) != v]
-    except Exception as e:  # torch.load raises whatever a damaged file makes it stumble over
-        raise ValueError(f"cannot read {path} ({type(e).__name__}): --fresh begins anew") from None
+    differ = [k for k, v in run.items() if state.get("run", {}).get(k) != v]
     if differ:
         raise ValueError(f"{path} is an unfinished run with other settings ({', '.join(differ)}): give the same "
                          "command to go on with it, --fresh to begin anew, or another --out")
-    with torch.no_grad():
-        for name, parameter in model.flag_parameters().items():
-            parameter.copy_(state["parameters"][name])
-            mean[name].copy_(state["mean"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    say(f"going on after step {state['step']} of {config.steps}")
+    team.restore(state, optimizer, tensors)
+    say(f"going on after step {state['step']} of {run['steps']}")
     return state["step"]
 
 
 # --------------------------------------------------------------------------------------------------- main
 
-def load(config):
-    """Model, tokenizer and both sets of Examples; everything that can be wrong is found before any work."""
-    train_records, dev_records = read_records(config.train), read_records(config.dev)
-    for path, records in ((config.train, train_records), (config.dev, dev_records)):
-        missing = {"harmful", "benign"} - {r["label"] for r in records}
-        if missing or not all(r["response"] for r in records):
-            raise ValueError(f"{path}: " + (f"no {' or '.join(missing)} records" if missing else "records without a "
-                             "response: python data/prepare.py --generate writes them"))
-    model, tok = load_model(config)
-    context = model.config.max_position_embeddings - 1  # one place is the flag's
-    make = lambda records: [make_example(tok, r, config.max_answer, context) for r in records]
-    return model, tok, make(train_records), make(dev_records)
+def load(config, team):
+    """Gives the team its model; returns the tokenizer and both sets of Examples. Everything that can be wrong is found
+    before any work."""
+    weights, dtype, tok = source(config)
+    context = LlamaConfig.from_pretrained(weights).max_position_embeddings - 1  # one place is the flag's
+    sets = [open_store(path, config.tokens, weights, tok, config.max_answer, context, config.skip_bad)
+            for path in (config.train, config.dev)]
+    for path, examples in zip((config.train, config.dev), sets):
+        missing = {"harmful", "benign"} - examples.labels()
+        if missing:
+            raise ValueError(f"{path}: no {' or '.join(sorted(missing))} records")
+        if examples.skipped:
+            say(f"{path}: {len(examples):,} records, {examples.skipped:,} bad ones left out")
+    adapter = dict(n_flags=1, rank=config.rank, alpha=config.alpha, seed=config.seed, layers=config.layers or None)
+    team.load(weights, dtype, adapter)
+    team.model.recompute = config.recompute
+    return tok, *sets
 
 
-def load_model(config):
+def source(config):
+    """What the run starts from: folder, dtype, tokenizer."""
     if config.weights is None:
         from data.smollm2 import ensure
     weights = Path(config.weights or ensure())
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    return Llama.from_pretrained(weights, dtype, config.device), Tokenizer.from_pretrained(weights)
+    return weights, dtype, Tokenizer.from_pretrained(weights)
 
 
-def fine_tune(config):
+def fine_tune(config, team):
     """The customer's run: a whole model folder in --out. Returns the mean loss on its records before and after."""
+    if team.size > 1:
+        raise ValueError("--finetune is for one process: start it without torchrun")
     records, work = finetune.start(config)
-    model, tok = load_model(config)
+    weights, dtype, tok = source(config)
+    model = Llama.from_pretrained(weights, dtype, config.device)
+    model.recompute = config.recompute
     examples = finetune.prepare(model, tok, records, config)
     before = finetune.mean_loss(model, examples)
-    train(model, examples, config, tok.flag_id, work)
+    train(team.take(model), examples, config, tok.flag_id, work)
     model.merge_flag()
     info = {"records": len(records), "loss_before": before, "loss_after": finetune.mean_loss(model, examples)}
     finetune.write(model, config, work, info | {"run": run_id(config)})
@@ -371,24 +384,26 @@ def main():
     began = time.perf_counter()
     customer = any(a.split("=")[0] == "--finetune" for a in sys.argv)
     config = parse(TrainConfig, finetune.DEFAULTS * customer + sys.argv[1:], __doc__)
-    if customer:
-        info = fine_tune(config)
+    team, out = Team(config.device, config.shard), Path(config.out)
+    if config.batch % team.size:
+        raise ValueError(f"--batch is {config.batch}, wanted a multiple of {team.size}, the number of processes")
+    if config.finetune:
+        info = fine_tune(config, team)
         return print(f"model in {config.out}; cross-entropy of its {info['records']} records {info['loss_before']:.3f} "
                      f"nats a token before, {info['loss_after']:.3f} after")
-    out = Path(config.out)
-    model, tok, examples, dev = load(config)
+    tok, examples, dev = load(config, team)
     out.mkdir(parents=True, exist_ok=True)
     say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()))
-    model.add_flag(n_flags=1, rank=config.rank, alpha=config.alpha, seed=config.seed, layers=config.layers or None)
-    model.recompute = config.recompute
-    train(model, examples, config, tok.flag_id, out)
-    figures = evaluate(model, dev, config.fpr)
+    train(team, examples, config, tok.flag_id, out)
+    figures = evaluate(team.model, dev, config.fpr, team.spread)
     figures |= {"minutes": (time.perf_counter() - began) / 60, "peak_memory_mb": peak_memory_mb()}
-    model.threshold = figures["threshold"]
-    model.save_flag(out, settings=dataclasses.asdict(config), figures=figures)
-    (out / "checkpoint.pt").unlink()
-    print_table(figures)
-    print(f"\nadapter in {out}; try: python sample.py --adapter {out} --prompt \"...\"")
+    team.model.threshold = figures["threshold"]
+    team.model.save_flag(out, settings=dataclasses.asdict(config), figures=figures)
+    if team.first:
+        (out / "checkpoint.pt").unlink()  # last: a run that is killed before goes on from it
+        print_table(figures)
+        print(f"\nadapter in {out}; try: python sample.py --adapter {out} --prompt \"...\"")
+    team.leave()
 
 
 def peak_memory_mb():

@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 
 import bench
-from model import Llama
 from objective import Layout
 
 ARGS = ("decode", "--new", 3, "--rounds", 1, "--batch", "1,3", "--long", 150)

@@ -64,7 +64,8 @@ def test_loss_and_gradient_are_those_of_transformers(model, tiny, tok, chunk):
     examples = examples_of(tok)
     generator = torch.Generator().manual_seed(3)
     for layer in model.block_linears():
-        layer.add_lora(2, 8, generator)
+        layer.add_lora(2, 8)
+        layer.start_lora(generator)
         with torch.no_grad():
             layer.lora_B.add_(0.1 * torch.randn(layer.lora_B.shape, generator=generator))
     for name, layer in model.named_modules():
@@ -228,7 +229,7 @@ def test_the_comparison_as_a_command(tiny, adapter, tmp_path, monkeypatch, capsy
     monkeypatch.setattr("model.pick_dtype", lambda device: torch.float32)
     monkeypatch.setattr(reattach, "ANSWER_TOK", 6)
     fine_tune = train.fine_tune
-    monkeypatch.setattr(train, "fine_tune", lambda config: tuned.append(config) or fine_tune(config))
+    monkeypatch.setattr(train, "fine_tune", lambda config, team: tuned.append(config) or fine_tune(config, team))
     load_flag, loaded = Llama.load_flag, []
     monkeypatch.setattr(Llama, "load_flag", lambda model, folder, force=False: loaded.append(
         (model.path.name, Path(folder).name)) or load_flag(model, folder, force))

@@ -13,6 +13,7 @@ import train
 from calibrate import evaluate, score
 from cli import parse
 from objective import make_example
+from parallel import Team
 from train import TrainConfig, insertion, learning_rate, start_flag_rows, step_layouts
 
 SMALL = {"steps": 6, "batch": 4, "micro-batch": 2, "max-answer": 12, "save-every": 2, "start-answer": 6, "rank": 2,
@@ -36,7 +37,8 @@ def command(tiny, tmp_path, monkeypatch):
     records = write_records(tmp_path / "records.jsonl")
 
     def run(out, **flags):
-        settings = SMALL | {"weights": tiny, "train": records, "dev": records, "out": tmp_path / out}
+        settings = SMALL | {"weights": tiny, "train": records, "dev": records, "out": tmp_path / out,
+                            "tokens": tmp_path / "tokens"}
         settings |= {k.replace("_", "-"): v for k, v in flags.items()}
         argv = [a for k, v in settings.items() for a in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
         monkeypatch.setattr(sys, "argv", ["train.py", *argv])
@@ -125,7 +127,7 @@ def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_p
     examples = [make_example(tok, r, 12, 255) for r in records]
     model.add_flag(rank=2)
     config = dataclasses.replace(TrainConfig(), benign=2.0, flag=0.5, early=early, later=later, offset=1)
-    nll = start_flag_rows(model, examples, config)
+    nll = start_flag_rows(Team("cpu").take(model), examples, config)
     harmful, benign = [], []  # (weight, -log f or -log(1 - f)) of each position
     for e, s in zip(examples, score(model, examples)):
         for t, f in enumerate(s["f"]):
