@@ -2,7 +2,7 @@
 import os
 
 from answer import told
-from model import Cache
+from cache import Cache
 from objective import flag_prob, pad
 
 

@@ -8,7 +8,6 @@ by all of them. Without torchrun the team is one process, and nothing here is mo
 """
 import contextlib
 import os
-from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -107,15 +106,15 @@ class Team:
 
     @torch.no_grad()
     def spread(self, work, parts):
-        """[work(model, part) for part in parts], a share of them done by each process. The results are sent to all, so
-        they are plain values or tensors on the CPU; there are as many model calls in a part as in any other."""
-        n = -(-len(parts) // self.size)  # calls by each process: a sharded model is only put together by all of them
-        mine = [self.root(work, part) for part in (self.share(parts) + parts[-1:])[:n]]
-        if self.size == 1:
-            return mine
-        found = [None] * self.size
-        dist.all_gather_object(found, mine)
-        return list(chain.from_iterable(zip(*found)))[:len(parts)]
+        """Gives work(model, part) for each of the parts, in order, each done by one process. The results are sent to
+        all, so they are plain values or tensors on the CPU; no part may take more model calls than another."""
+        for i in range(0, len(parts), self.size):
+            # the last round too is made by all: a sharded model is only put together by all of them
+            mine = self.root(work, parts[min(i + self.rank, len(parts) - 1)])
+            found = [mine] + [None] * (self.size - 1)
+            if self.size > 1:
+                dist.all_gather_object(found, mine)
+            yield from found[:len(parts) - i]
 
     def agree(self, tensor):
         """The first process's tensor."""

@@ -121,6 +121,18 @@ def hidden_states(model, examples):
     return list(zip((h.float().cpu() for h in hidden), lse))
 
 
+def all_hidden_states(team, examples, batch=16):
+    """`hidden_states` of all examples, one behind the other: (N, C) and (N,)."""
+    sizes, parts = [e.n_answer for e in examples], by_length(examples, batch)
+    H, lse = torch.empty(sum(sizes), team.model.config.hidden_size), torch.empty(sum(sizes))        # (N, C), (N,)
+    places = list(zip(H.split(sizes), lse.split(sizes)))
+    for part, states in zip(parts, team.spread(hidden_states, [[examples[i] for i in part] for part in parts])):
+        for i, (h, total) in zip(part, states):  # copied at once: kept, they would lie between what torch needs and
+            places[i][0].copy_(h)                # frees again, and the process grow by gigabytes
+            places[i][1].copy_(total)
+    return H.to(team.device), lse.to(team.device)
+
+
 def start_examples(examples, config):
     """The beginnings of the answers that the start is fitted on: of all, or of N_START drawn by seed."""
     order = range(len(examples))
@@ -129,7 +141,7 @@ def start_examples(examples, config):
     return [examples[i].cut(config.start_answer) for i in order]
 
 
-def start_flag_rows(team, examples, config, batch=16):
+def start_flag_rows(team, examples, config):
     """Sets the unembedding rows to a linear probe fitted on frozen hidden states; returns its loss, nats.
 
     The unembedding has no bias: log f/(1-f) = w.h - logsumexp(old logits). With w = 0, or the mean of the old rows,
@@ -138,14 +150,9 @@ def start_flag_rows(team, examples, config, batch=16):
     targets, weighted as in the training to come. LoRA is left with what a linear probe cannot see, and its first
     gradients are small.
     """
-    parts, found, device = by_length(examples, batch), [None] * len(examples), team.device
-    for part, states in zip(parts, team.spread(hidden_states, [[examples[i] for i in part] for part in parts])):
-        for i, state in zip(part, states):
-            found[i] = state
-    states, lse = zip(*found)
-    H, lse = torch.cat(states).to(device), torch.cat(lse).to(device)                                # (N, C), (N,)
-    harmful = torch.cat([torch.full((len(h),), e.label == "harmful") for e, h in zip(examples, states)]).to(device)
-    place = torch.cat([torch.arange(len(h)) for h in states]).to(device)                            # in the answer
+    (H, lse), sizes, device = all_hidden_states(team, examples), [e.n_answer for e in examples], team.device
+    harmful = torch.cat([torch.full((n,), e.label == "harmful") for e, n in zip(examples, sizes)]).to(device)
+    place = torch.cat([torch.arange(n) for n in sizes]).to(device)                                  # in the answer
     share = lambda x: x / x.sum().clamp(min=1e-9)
     asked = place - config.offset  # from this place on f may be asked for
     flag_weight = share(harmful * (asked >= 0) * (asked + 1.0).clamp(min=1).pow(-config.early))

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import decode
+from cache import Cache
 from conftest import write_checkpoint
-from model import Cache, Llama, RMSNorm, rotate
+from model import Llama, RMSNorm, rotate
 from sample import generate
 
 pytestmark = pytest.mark.skipif(decode.kernels() is None or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),

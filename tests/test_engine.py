@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import answer
 import sample
 from answer import NOTICE, flag_place, onset
+from cache import Cache
 from memory import Memory
-from model import Cache
 from objective import flag_prob
 from reflect import read_demos
 from sample import generate, stream

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint import pick_device, pick_dtype, weights_hash
+from cache import Cache
 from conftest import write_checkpoint
-from model import Cache, Llama, LlamaConfig
+from model import Llama, LlamaConfig
 
 V = 272  # words of the tiny checkpoints
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
