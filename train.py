@@ -52,7 +52,7 @@ class TrainConfig:
     # how long
     steps: int = option(100, "optimizer steps")
     batch: int = option(24, "answers a step")
-    micro_batch: int = option(8, "answers that go through the model at once; less memory, same result")
+    micro_batch: int = option(12, "answers that go through the model at once; less memory, same result")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
     min_answer: int = option(4, "in training each is cut at a random length from this up, short ones more often")
     # the objective, see objective.py
