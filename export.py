@@ -119,12 +119,13 @@ def add_rows(words, flags, ids, pad_to):
 
 
 def generation_config(weights, tok):
-    """{file name: content} where the original has none: the ids at which our own sampling loop ends an answer."""
-    if (weights / "generation_config.json").is_file():
-        return {}
-    config = read_json(weights / "config.json")
-    kept = {name: config[name] for name in ("bos_token_id", "pad_token_id") if config.get(name) is not None}
-    return {"generation_config.json": kept | {"eos_token_id": tok.stop_ids}}
+    """{file name: content}: the original's, its ends as a list; where it has none, those of our own sampling loop."""
+    file, config = weights / "generation_config.json", read_json(weights / "config.json")
+    names = ("bos_token_id", "pad_token_id")
+    made = read_json(file) if file.is_file() else {k: config[k] for k in names if config.get(k) is not None}
+    ends = made.get("eos_token_id")
+    made["eos_token_id"] = tok.stop_ids if ends is None else ends if isinstance(ends, list) else [ends]
+    return {file.name: made}
 
 
 # ------------------------------------------------------------------------------------------------- the tokenizer
