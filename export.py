@@ -6,8 +6,8 @@
     python export.py --peft exported_peft
 
 The merged folder is an ordinary model of V + F tokens: LoRA is folded into the weights, embedding and head have a row
-more for each flag, and the tokenizer knows `<|red_flag|>` as a special token. The head is always its own tensor: a flag's
-two rows differ, so a tied model leaves untied. What a server needs to read the flag stands in config.json:
+more for each flag, and the tokenizer knows `<|red_flag|>` as a special token. The head is always a tensor of its own: a
+flag's two rows differ, so a tied model leaves untied. What a server needs to read the flag stands in config.json:
 
     "red_flag": {"token_ids": [49152], "threshold": 0.62}
 
@@ -65,7 +65,7 @@ class ExportConfig:
 
 def export(out, weights, adapter="out", dtype="auto", pad_to=1, place=None, force=False):
     """Writes the merged folder `out`; returns its flags' ids. place: ids (a list) of reserved tokens to overwrite.
-    Raises ValueError for an adapter of other weights, an id that is in use, a folder that exists or cannot be written."""
+    Raises ValueError for an adapter of other weights, an id in use, a folder that exists or cannot be written."""
     check_new(out)
     weights = Path(weights)
     stored = stored_dtype(weights)
@@ -137,15 +137,15 @@ def flag_texts(n):
 def flag_tokenizer(folder, ids):
     """{file name: content}: the tokenizer's files with the flags as special tokens at `ids`, old ones there renamed."""
     if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"no tokenizer.json in {folder}: transformers and vLLM need one to add a token to; take that of "
-                         "the model's Hugging Face repository")
+        raise ValueError(f"no tokenizer.json in {folder}, the file that transformers and vLLM read: put the one of "
+                         "the model's Hugging Face repository there")
     tokenizer = read_json(folder / "tokenizer.json")
     vocab, added = tokenizer["model"]["vocab"], tokenizer["added_tokens"]
     old = {t["id"]: t["content"] for t in added if t["id"] in ids}
     new = dict(zip(ids, flag_texts(len(ids))))
     taken = (set(vocab) | {t["content"] for t in added}) & set(new.values())
     if taken:
-        raise ValueError(f"{folder / 'tokenizer.json'} has a token {min(taken)} already: export from the original model")
+        raise ValueError(f"{folder / 'tokenizer.json'} has a token {min(taken)} already: export from the original")
     entry = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     vocab.update({new[i]: vocab.pop(text) for i, text in old.items() if text in vocab})
     added = [t for t in added if t["id"] not in ids] + [{"id": i, "content": text} | entry for i, text in new.items()]
@@ -171,8 +171,8 @@ def flag_tokenizer(folder, ids):
 
 
 def check_place(ids, model, tok, folder):
-    """The ids, if they are as many as the flags and their rows are free: special tokens that neither the chat format nor
-    any config file uses, or rows without a token. ValueError says which are free."""
+    """The ids, if they are as many as the flags and their rows are free: special tokens that neither the chat format
+    nor any config file uses, or rows without a token. ValueError says which are free."""
     free = free_rows(tok, folder)
     problems = [f"{i} is {tok.decode([i])!r}, an ordinary word" if i in tok.bytes_of else
                 f"{i} is {text_of(tok, i)}, which is in use" if i < model.config.vocab_size else
@@ -192,8 +192,8 @@ def text_of(tok, i):
 def free_rows(tok, folder):
     """Ids of special tokens that nobody uses, and of rows without a token."""
     tokenizer = read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else {}
-    template = folder / "chat_template.jinja"
-    said = [json.dumps(tokenizer.get("post_processor")), template.read_text() if template.is_file() else ""]
+    templates = [f.read_text(encoding="utf-8") for f in folder.glob("*.jinja")]
+    said = [json.dumps(tokenizer.get("post_processor"), ensure_ascii=False), *templates]
     used = set(tok.stop_ids) | set(tok.render([{"role": r, "content": ""} for r in ("system", "user", "assistant")])[0])
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         config = read_json(folder / name) if (folder / name).is_file() else {}
@@ -267,7 +267,8 @@ def export_peft(out, weights, adapter="out", force=False):
     tensors[rows.format("lm_head")] = torch.cat([model.head_weight[:1], model.flag_unembed])        # (1 + F, C)
     linears = {name.split(".")[-1] for name, m in model.layers[0].named_modules() if isinstance(m, Linear)}
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(weights),
-              "inference_mode": True, "r": info["rank"], "lora_alpha": info["alpha"], "lora_dropout": 0.0, "bias": "none",
+              "inference_mode": True, "r": info["rank"], "lora_alpha": info["alpha"], "lora_dropout": 0.0,
+              "bias": "none",
               "target_modules": sorted(linears), "layers_pattern": "layers",
               "layers_to_transform": list(range(model.n_frozen, len(model.layers))),
               "trainable_token_indices": {"embed_tokens": ids, "lm_head": [0, *ids]}}
@@ -293,7 +294,8 @@ def main():
         print(f"merged model in {config.out}: {', '.join(flag_texts(len(ids)))} is token {', '.join(map(str, ids))}")
     if records:
         c = compare(weights, config.adapter, config.out, records, config.force)
-        print(f"against the original with its adapter, in {c['dtype']}, {c['answers']} answers, {c['positions']} positions")
+        print(f"against the original and its adapter in {c['dtype']}: "
+              f"{c['answers']} answers, {c['positions']} positions")
         print(f"|f - f'|                 at most {c['f_max']:.1e}, mean {c['f_mean']:.1e}")
         print(f"words' total variation   at most {c['words_max']:.1e}, mean {c['words_mean']:.1e}")
         print(f"answers flagged          {c['flagged']}, then {c['flagged_exported']}; {c['changed']} changed")

@@ -3,13 +3,14 @@ import json
 import re
 import resource
 import shutil
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import CHATML_SPECIAL, write_checkpoint, write_tokenizer
+from conftest import write_checkpoint, write_tokenizer
 from export import add_rows, compare, export, export_peft
 from model import Llama
 from sample import generate
@@ -210,8 +211,8 @@ def test_a_flag_in_a_reserved_row_takes_its_name_and_moves_nobody(tmp_path, plac
     before, after = hf_tokenizer(original).get_vocab(), hf_tokenizer(tmp_path / "exported").get_vocab()
     wanted = {text: i for text, i in before.items() if i != place} | {FLAG_TEXT: place}
     assert after == wanted
-    config = json.loads((tmp_path / "exported" / "tokenizer_config.json").read_text())["added_tokens_decoder"]
-    assert config[str(place)]["content"] == FLAG_TEXT and config["270"] == {"content": LLAMA3_SPECIAL[0], "special": True}
+    known = json.loads((tmp_path / "exported" / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert known[str(place)]["content"] == FLAG_TEXT and known["270"]["content"] == LLAMA3_SPECIAL[0]
     ids = some_ids(below=275)
     ids[:, 5] = 280
     wanted, found = logits_of(model, ids), hf_logits(hf(tmp_path / "exported"), ids.where(ids < 280, place))
@@ -251,7 +252,8 @@ def test_a_token_is_in_use_where_any_file_says_so(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind, settings", [
-    ("Llama", {"tie_word_embeddings": True}), ("Llama", {"n_flags": 2}), ("Qwen2", {"tie_word_embeddings": True})], ids=str)
+    ("Llama", {"tie_word_embeddings": True}), ("Llama", {"n_flags": 2}),
+    ("Qwen2", {"tie_word_embeddings": True, "n_flags": 2})], ids=str)
 def test_peft_puts_the_adapter_onto_the_grown_original(tmp_path, kind, settings):
     peft = pytest.importorskip("peft")
     original, adapter, model = make(tmp_path, kind, **settings)
@@ -265,7 +267,8 @@ def test_peft_puts_the_adapter_onto_the_grown_original(tmp_path, kind, settings)
     with reference.disable_adapter(), model.flag_off():
         ids = some_ids()
         assert_near(hf_logits(reference, ids)[..., :V], logits_of(model, ids), 1e-5)
-    assert json.loads((tmp_path / "peft" / "flag.json").read_text()) == {"token_ids": list(range(V, n)), "threshold": 0.008}
+    info = json.loads((tmp_path / "peft" / "flag.json").read_text())
+    assert info == {"token_ids": list(range(V, n)), "threshold": 0.008}
 
 
 # ----------------------------------------------------------------------------------------------- serving, errors
@@ -316,7 +319,8 @@ def test_the_command_writes_both_forms_and_compares(script, merged, tmp_path):
                                "category": "x"}))
     code, out, err = script("export.py", "--weights", original, "--adapter", adapter, "--out", tmp_path / "a/merged",
                             "--pad-to", "64", "--check", dev, "--peft", tmp_path / "peft")
-    assert code == 0 and "<|red_flag|> is token 272" in out and re.search("in float32, 1 answers, [0-9]+ positions", out), err
+    assert code == 0 and "<|red_flag|> is token 272" in out, err
+    assert re.search("in float32: 1 answers, [0-9]+ positions", out)
     assert sorted(f.name for f in (tmp_path / "peft").iterdir()) == ["adapter_config.json", "adapter_model.safetensors",
                                                                      "flag.json"]
     assert Llama.from_pretrained(tmp_path / "a/merged").config.vocab_size == 320
@@ -366,10 +370,10 @@ def test_what_cannot_be_exported_is_said(merged, tmp_path):
     original, adapter, _, exported = merged
     with pytest.raises(ValueError, match="a token <.red_flag.> already: export from the original"):
         export(tmp_path / "again", exported, adapter, force=True)
-    copy = shutil.copytree(original, tmp_path / "copy")
-    (copy / "tokenizer.json").rename(copy / "elsewhere.json")
-    with pytest.raises(ValueError, match="no tokenizer.json"):
-        export(tmp_path / "x", copy, adapter)
+    meta, adapter, _ = make(tmp_path / "meta", vocab_size=512, tokenizer=lambda folder: (folder / "tokenizer.model")
+                            .write_bytes(b"".join(b64encode(bytes([b])) + b" %d\n" % b for b in range(256))))
+    with pytest.raises(ValueError, match="no tokenizer.json in .*: put the one"):
+        export(tmp_path / "x", meta, adapter)
     base, probe, _ = make(tmp_path / "probe", rank=0)
     with pytest.raises(ValueError, match="rank 0.*--out"):
         export_peft(tmp_path / "x", base, probe)
