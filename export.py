@@ -66,7 +66,6 @@ class ExportConfig:
 def export(out, weights, adapter="out", dtype="auto", pad_to=1, place=None, force=False):
     """Writes the merged folder `out`; returns its flags' ids. place: ids (a list) of reserved tokens to overwrite.
     Raises ValueError for an adapter of other weights, an id in use, a folder that exists or cannot be written."""
-    check_new(out)
     weights = Path(weights)
     stored = stored_dtype(weights)
     dtype = stored if dtype == "auto" else DTYPES[dtype]
@@ -254,7 +253,6 @@ def export_peft(out, weights, adapter="out", force=False):
     In a tied model peft gives head and embedding the same new rows, if it is asked for the same rows in both: so the
     head's list has one row more, word 0 as it is.
     """
-    check_new(out)
     model = Llama.from_pretrained(weights, dtype=torch.float32, device="cpu")
     info = model.load_flag(adapter, force=force)
     if info["rank"] == 0:

@@ -222,6 +222,20 @@ def test_a_flag_in_a_reserved_row_takes_its_name_and_moves_nobody(tmp_path, plac
     assert_near(found[..., place], wanted[..., 280], 1e-4)
 
 
+def test_a_reserved_token_within_the_vocabulary_is_renamed_there_too(tmp_path):
+    def chatml_and_one(folder):
+        chatml(folder)
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer["model"]["vocab"]["<repo_name>"] = 265
+        tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 265, "content": "<repo_name>"})
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+    original, adapter, _ = make(tmp_path, tokenizer=chatml_and_one)
+    export(tmp_path / "exported", original, adapter, place=[265])
+    before, after = hf_tokenizer(original).get_vocab(), hf_tokenizer(tmp_path / "exported").get_vocab()
+    assert before.pop("<repo_name>") == 265 and after == before | {FLAG_TEXT: 265}
+
+
 @pytest.mark.parametrize("place, says", [
     ([5], "an ordinary word"), ([274], "<|eot_id|>, which is in use"), ([280], "beyond the last row, 279"),
     ([275, 276], "2 different ids came for 1 flags"), ([271], "<|end_of_text|>, which is in use")])
@@ -262,6 +276,8 @@ def test_peft_puts_the_adapter_onto_the_grown_original(tmp_path, kind, settings)
     base = hf(original)
     base.resize_token_embeddings(n)
     reference = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    stored = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert set(peft.get_peft_model_state_dict(reference, save_embedding_layers=False)) == set(stored)
     ids = some_ids(below=n)
     assert_near(hf_logits(reference, ids), logits_of(model, ids), 1e-5)
     with reference.disable_adapter(), model.flag_off():
