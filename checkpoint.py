@@ -1,8 +1,10 @@
 """Files: Hugging Face style folders of safetensors, read strictly and without a second copy in memory; the adapter;
 and the machine that they go to."""
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -110,29 +112,43 @@ def weight_names(model):
     return {("" if n.startswith("lm_head") else "model.") + n: p for n, p in own.items()}
 
 
+def write_folder(folder, source, tensors, files=(), **changes):
+    """A Hugging Face folder: model.safetensors with `tensors` (name -> tensor), config.json of the folder `source` with
+    the fields `changes`, and the other files of `source`, its tokenizer's above all; `files` (name -> JSON object) come
+    in their place. Errors as for new_folder."""
+    source = Path(source)
+    with new_folder(folder) as made:
+        for file in source.iterdir():
+            if file.is_file() and not re.search(r"\.(safetensors|bin|pth|gguf)(\.index\.json)?$", file.name):
+                shutil.copy(file, made)
+        for name, value in {**dict(files), "config.json": read_json(source / "config.json") | changes}.items():
+            (made / name).write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, made / "model.safetensors",
+                  metadata={"format": "pt"})
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """A folder to write files into; at the end it becomes `folder`, whole, by one rename. Raises ValueError where that
+    exists, or where something cannot be written: then nothing is left."""
+    check_new(folder)
+    folder = Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as tmp:
+            made = Path(tmp) / "made"
+            made.mkdir()
+            yield made
+            os.replace(made, folder)
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"cannot write {folder}: {e} (is there room on the disk?); nothing is left of it") from None
+
+
 def check_new(folder):
+    """ValueError where a folder that is to be written has something in it already."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already: name another folder, or take it away first")
-
-
-def write_folder(folder, source, tensors, **changes):
-    """A Hugging Face folder: model.safetensors with `tensors` (name -> tensor), config.json of the folder `source` with
-    the fields `changes`, and its tokenizer's files. It appears whole, by one rename; ValueError where it exists."""
-    folder, source = Path(folder), Path(source)
-    check_new(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as tmp:
-        made = Path(tmp) / "made"
-        made.mkdir()
-        for file in source.iterdir():
-            if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".pth")):
-                shutil.copy(file, made)
-        config = read_json(source / "config.json") | changes
-        (made / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, made / "model.safetensors",
-                  metadata={"format": "pt"})
-        os.replace(made, folder)
 
 
 def check_tensors(found, wanted, where):
