@@ -60,13 +60,12 @@ def same_result(a, b, exact=False):
 
 def test_two_processes_give_what_one_gives(argv, tmp_path):
     finish([fork(lambda: run(argv("one")), tmp_path / "output")], tmp_path)
-    for name, flags in (("parallel", {}), ("sharded", {"shard": True}), ("mixed", {"shard": True, "dtype": "bfloat16"})):
+    for name, flags in (("parallel", {}), ("sharded", {"shard": True, "recompute": True})):
         finish(together(2, lambda: run(argv(name, **flags)), tmp_path / "output"), tmp_path)
-        if name != "mixed":  # frozen bf16 beside trainable fp32: it runs, with other rounding
-            same_result(tmp_path / "one", tmp_path / name)
+        same_result(tmp_path / "one", tmp_path / name)
         assert not (tmp_path / name / "checkpoint.pt").exists()
     said = (tmp_path / "output").read_text()
-    assert said.count("step    3/3") == 4 and said.count("adapter in") == 4  # the first process alone speaks
+    assert said.count("step    3/3") == 3 and said.count("adapter in") == 3  # the first process alone speaks
 
 
 def test_a_killed_worker_leaves_a_run_that_any_number_of_processes_goes_on_with(argv, tmp_path):
@@ -144,12 +143,14 @@ def test_what_several_processes_cannot_do_is_said(argv, tmp_path):
     assert "--batch is 3, wanted a multiple of 2" in (tmp_path / "output").read_text()
 
 
-def test_torchrun_itself(argv, tmp_path):
-    log = tmp_path / "output"
+def test_torchrun_itself_with_frozen_bf16_beside_trainable_fp32(argv, tmp_path):
+    flags = dict(steps=1, dtype="bfloat16")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "train.py",
-                           *argv("out", shard=True, steps=1)], capture_output=True, text=True,
+                           *argv("out", shard=True, **flags)], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    finish([fork(lambda: run(argv("one", steps=1)), log)], tmp_path)
-    same_result(tmp_path / "one", tmp_path / "out")
-    assert done.stdout.count("adapter in") == 1
+    assert done.stdout.count("adapter in") == 1 and done.stderr.count("step    1/1") == 1
+    finish([fork(lambda: run(argv("one", **flags)), tmp_path / "output")], tmp_path)
+    a, b = (json.loads((tmp_path / out / "log.jsonl").read_text()) for out in ("one", "out"))
+    assert b["loss"] == pytest.approx(a["loss"], rel=0.02) and b["supervised"] == a["supervised"]  # other rounding
+    assert load_file(tmp_path / "one" / "flag.safetensors").keys() == load_file(tmp_path / "out" / "flag.safetensors").keys()
