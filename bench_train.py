@@ -17,8 +17,9 @@ from data.prepare import read_records
 from objective import TERMS, Example, make_example, pad
 from packed import Packed
 from parallel import Team
-from train import TrainConfig, make_optimizer, step_layouts, train_step
+from train import TrainConfig, layout_of, make_optimizer, read_ahead, step_records, train_step
 
+AHEAD = "nanoflag, records read ahead"  # as train.py does: what is frozen has been read before the loop
 LORA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -103,9 +104,10 @@ class Peer:
 
 # ------------------------------------------------------------------------------------------------- what a step needs
 
-def step_flops(model, layouts, micro_batch):
+def step_flops(model, layouts, micro_batch, ahead=False):
     """Floating-point operations that one step cannot do without: no padding, what rows begin with alike once, blocks
-    without LoRA once for both models and without a backward pass; frozen weights take no gradient, but pass it on."""
+    without LoRA once for both models and without a backward pass; frozen weights take no gradient, but pass it on.
+    With `ahead` the original model and those blocks have been read before."""
     c, total = model.config, 0
     block = sum(m.weight.numel() for m in model.layers[0].modules() if hasattr(m, "lora_on"))
     lora = sum(p.numel() for n, p in model.flag_parameters().items() if "lora_" in n)
@@ -122,7 +124,8 @@ def step_flops(model, layouts, micro_batch):
         rows, references = [x.ids for x in part], [x.reference_ids for x in part]
         linear, attention, adapters = forward(rows)
         total += upper * (2 * linear + 3 * attention) + 3 * adapters  # there and back
-        total += upper * sum(forward(references)[:2]) + model.n_frozen * sum(forward(rows + references)[:2])
+        if not ahead:
+            total += upper * sum(forward(references)[:2]) + model.n_frozen * sum(forward(rows + references)[:2])
         total += 3 * 2 * sum(len(x.at) for x in part) * model.head_weight.numel()  # both models, and back
     return total
 
@@ -171,31 +174,37 @@ def train_bench(config):
     job = dataclasses.replace(TrainConfig(), batch=config.batch, micro_batch=config.micro_batch, layers=config.layers,
                               rank=config.rank)
     if config.length:
-        job = dataclasses.replace(job, max_answer=config.length, min_answer=config.length)
+        job = dataclasses.replace(job, max_answer=config.length, short=0.0, short_benign=0.0)
     model, peer, tok = build(config)
     model.add_flag(rank=job.rank, alpha=job.alpha, seed=0, layers=job.layers or None)
     model.recompute = config.recompute
     team, optimizer = Team(model.inv_freq.device).take(model), make_optimizer(model, job)
     for group in optimizer.param_groups:
         group["lr"] = 1e-6
-    known = {"nanoflag": lambda layouts: list(train_step(team, optimizer, layouts, job)[0].values())}
+    step = lambda layouts: list(train_step(team, optimizer, layouts, job)[0].values())
+    fresh = lambda layouts: [dataclasses.replace(x, below=None, reference=None) for x in layouts]
+    known = {"nanoflag": lambda layouts: step(fresh(layouts)), AHEAD: step}
     if peer is not None:
         known["transformers + peft"] = Peer(peer, job, model.config.vocab_size).step
     examples = examples_of(config, job, tok, model.config.max_position_embeddings - 1)
-    steps = [step_layouts(examples, s, job, model.config.vocab_size) for s in range(config.rounds + 1)]
+    laid_out = lambda i: layout_of(examples, i, job, model.config.vocab_size)
+    steps = [sorted(map(laid_out, step_records(s, len(examples), job.batch, job.seed)), key=lambda x: len(x.ids))
+             for s in range(config.rounds + 1)]
+    steps = [read_ahead(team, layouts) for layouts in steps]
     weights_mb = sum(p.numel() * p.element_size() for n, p in model.named_parameters()) / 1e6
     found = {"device": device_name(), "threads": torch.get_num_threads(), "dtype": config.dtype,
              "model": config.shape or config.weights or "SmolLM2-135M-Instruct", "batch": job.batch,
              "tokens": [sum(len(x.ids) for x in layouts) for layouts in steps[1:]],
              "terms": {name: step(steps[0]) for name, step in known.items()},  # and so all are warm
              "memory_mb": {name: peak_mb(step, steps[0], weights_mb) for name, step in known.items()},
-             "seconds": {name: [] for name in known}, "flops": [], "needed": []}
+             "seconds": {name: [] for name in known}, "flops": [], "needed": {name: [] for name in known}}
     machine = Machine(model)
     for r, layouts in enumerate(steps[1:], 1):
         for name, step in known.items():
             found["seconds"][name].append(seconds(step, layouts))
         machine.measure()
-        found["needed"].append(step_flops(model, layouts, job.micro_batch))
+        for name in known:
+            found["needed"][name].append(step_flops(model, layouts, job.micro_batch, ahead=name == AHEAD))
         say(f"round {r} of {config.rounds}: " + ", ".join(f"{n} {s[-1]:.2f} s" for n, s in found["seconds"].items()))
     found["flops"] = machine.flops
     return found
@@ -210,12 +219,13 @@ def train_table(found):
     peer = found["seconds"].get("transformers + peft")
     for name, times in found["seconds"].items():
         rates = sorted(n / t for n, t in zip(found["tokens"], times))
-        shares = [needed / t / limit for needed, t in zip(found["needed"], times)]
+        shares = [needed / t / limit for needed, t in zip(found["needed"][name], times)]
         memory = found["memory_mb"][name]
         yield (f"| {name} | {statistics.median(rates):.0f} ({rates[0]:.0f} to {rates[-1]:.0f}) | "
                f"{times_faster(peer, times) if peer else '-'} | {statistics.median(shares):.2f} | "
                f"{'-' if memory is None else format(memory, '.0f')} |")
-    yield (f"\nThe limit: {limit / 1e9:.0f} GFLOP/s; a step needs {statistics.median(found['needed']) / 1e9:.0f} GFLOP. "
+    needed = ", ".join(f"{statistics.median(n) / 1e9:.0f}" for n in found["needed"].values())
+    yield (f"\nThe limit: {limit / 1e9:.0f} GFLOP/s; a step needs, in this order, {needed} GFLOP. "
            "Memory: the weights, and what a step takes on top of them at its peak.")
 
 

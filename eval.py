@@ -3,6 +3,7 @@
     python eval.py                                   # the adapter in out/, the bundled dev split, the quick attacks
     python eval.py --full --compare out_probe        # everything, and another adapter read on the same answers
     python eval.py --reattach                        # what a customer's fine-tuning leaves of the flag: reattach.py
+    python eval.py --summary out/eval,out_s1/eval    # one table over several evaluations
     python eval.py --harmful h.jsonl --benign b.jsonl --attack direct,opening,gcg --seeds 3
 
 Writes to --out (default: eval/ in the adapter's folder) results.jsonl, a record an answer, figures.json and report.md.
@@ -31,7 +32,7 @@ from measures import first_above
 from model import Llama
 from objective import Example, flag_prob, make_example
 from record import Progress, Run, digest
-from report import plot, write_report
+from report import plot, summary, write_report
 from sample import generate
 from tokenizer import Tokenizer
 
@@ -68,6 +69,7 @@ class EvalConfig:
     reattach: bool = option(False, "fine-tune the model, with the flag inside and without, and put the adapter back on")
     customer: str | None = option(None, "options for the customers' training, as train.py --finetune takes them")
     utility: str | None = option(None, "problems with a number as the answer, solved before and after (GSM8K)")
+    summary: str | None = option(None, "no run: a table over these evaluations' folders, with commas, and their mean")
     plot: bool = option(False, "draw the pictures too (needs matplotlib)")
     out: str | None = option(None, "folder to write (default: eval/ in the adapter's)")
     weights: str | None = option(None, "model folder (default: SmolLM2-135M-Instruct, fetched once)")
@@ -209,7 +211,7 @@ def identity(config, sets, threshold):
     """What two runs must share for one to go on with the other's results; attacks may be added."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in (
         "adapter", "attack", "harmful", "benign", "borderline", "compare", "classifier", "train", "utility", "plot",
-        "out", "weights", "fresh", "reattach", "customer")}
+        "out", "weights", "fresh", "reattach", "customer", "summary")}
     return settings | {"adapter": digest((Path(config.adapter) / "flag.safetensors").read_bytes()),
                        "records": digest(json.dumps(sets).encode()), "threshold": threshold}
 
@@ -345,6 +347,8 @@ def measure_costs(model, tok, sets, problems, config, record, progress):
 
 def main():
     config = parse(EvalConfig, sys.argv[1:], __doc__)
+    if config.summary:
+        return print(summary(config.summary.split(",")), end="")
     sets = read_sets(config)
     problems = costs.read_problems(config.utility)[:config.limit or None] if config.utility else []
     if config.weights is None:

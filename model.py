@@ -325,6 +325,10 @@ class Llama(nn.Module):
         return torch.where((ids >= V)[..., None], flags, F.embedding(ids.clamp(max=V - 1), words))
 
     @property
+    def dtype(self):
+        return self.embed_tokens.weight.dtype
+
+    @property
     def head_weight(self):
         return (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight                 # (V, C)
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from packed import read_both
+from packed import go_on, read_below
 
 TERMS = ("benign", "flag", "after", "words")
 
@@ -70,6 +70,8 @@ class Layout:
     reference_at: list  # index into reference_ids of the position that predicts the same word
     terms: list         # a 0 or 1 for each of TERMS
     target: list        # the next token (for after="ce")
+    below: torch.Tensor | None = None      # (len(ids), C): what the blocks without LoRA make of ids, once it is read
+    reference: torch.Tensor | None = None  # (len(at), C): the original model's final hidden states at reference_at
 
 
 def lay_out(example, insert_at, flag_id, offset, positions):
@@ -123,18 +125,30 @@ def by_length(examples, batch):
     return [order[i:i + batch] for i in range(0, len(order), batch)]
 
 
+@torch.no_grad()
+def read_frozen(model, layouts):
+    """The Layouts with `below` and `reference`: what training never changes, so that it need not be read twice."""
+    rows, references = [x.ids for x in layouts], [x.reference_ids for x in layouts]
+    below = read_below(model, rows + references)
+    with model.flag_off():
+        hidden = go_on(model, references, below[len(rows):])
+    return [replace(x, below=b, reference=h[x.reference_at]) for x, b, h in zip(layouts, below, hidden)]
+
+
 def objective(model, layouts, weights, after="kl"):
     """(loss, sums) of Layouts: the sum of each term over its positions (len(TERMS),), in nats, and the loss, their sum
     with these weights, whose gradient is that of one micro-batch.
 
     weights[t] is term t's weight over the number of its positions in the whole optimizer step: so micro-batches add
     up to the step's loss, sum of weight x mean. `after` "ce" puts cross-entropy of the harmful continuation in place
-    of KL.
+    of KL. Layouts that `read_frozen` has not read are read here.
     """
     device = model.embed_tokens.weight.device
-    gather = lambda hidden, ats: torch.cat([h[at] for h, at in zip(hidden, ats)])                   # (N, C)
-    hidden, reference = read_both(model, [x.ids for x in layouts], [x.reference_ids for x in layouts])
-    hidden, reference = gather(hidden, [x.at for x in layouts]), gather(reference, [x.reference_at for x in layouts])
+    if layouts[0].reference is None:
+        layouts = read_frozen(model, layouts)
+    hidden = go_on(model, [x.ids for x in layouts], [x.below for x in layouts])
+    hidden = torch.cat([h[x.at] for h, x in zip(hidden, layouts)])                                  # (N, C)
+    reference = torch.cat([x.reference for x in layouts]).to(device)                                # (N, C)
     terms = torch.tensor([t for x in layouts for t in x.terms], device=device)                      # (N, len(TERMS))
     target = torch.tensor([t for x in layouts for t in x.target], device=device)                    # (N,)
     return VocabularyLoss.apply(hidden, model.flag_unembed, reference, model.head_weight, terms, weights, target, after)

@@ -88,26 +88,33 @@ def read(model, rows):
     return [hidden[path] for path in packed.paths]
 
 
+def read_below(model, rows):
+    """What the blocks below LoRA make of rows (lists of ids): a list of (len, C), the same with the adapter switched on
+    or off. None for each row where there are no such blocks."""
+    if not model.n_frozen:
+        return [None] * len(rows)
+    packed = Packed(rows, model.inv_freq.device)
+    below = model(torch.tensor([packed.ids], device=packed.at.device), packed, last=model.n_frozen)[0]  # (N, C)
+    return [below[path] for path in packed.paths]
+
+
+def go_on(model, rows, below):
+    """`read` of rows of which `read_below` has been read: their final hidden states, a list of (len, C)."""
+    if below[0] is None:
+        return read(model, rows)
+    packed = Packed(rows, model.inv_freq.device)
+    states = torch.zeros(len(packed.ids), below[0].shape[1], dtype=below[0].dtype, device=below[0].device)
+    for path, row in zip(packed.paths, below):
+        states[path] = row
+    hidden = model(states.to(packed.at.device)[None], packed, first=model.n_frozen)[0]              # (N, C)
+    return [hidden[path] for path in packed.paths]
+
+
 def read_both(model, rows, reference_rows):
     """(final hidden states of the rows, of the reference rows by the original model), lists as of `read`. The blocks
     below LoRA give both models the same, so they read what both see but once."""
-    k, device = model.n_frozen, model.inv_freq.device
-    if not k:
-        with torch.no_grad(), model.flag_off():
-            reference = read(model, reference_rows)
-        return read(model, rows), reference
-    both = Packed(rows + reference_rows, device)
     with torch.no_grad():
-        below = model(torch.tensor([both.ids], device=device), both, last=k)[0]                     # (N, C)
-
-    def go_on(rows, paths):
-        packed = Packed(rows, device)
-        origin = torch.zeros(len(packed.ids), dtype=torch.long)  # where a token stands in `below`
-        for path, under in zip(packed.paths, paths):
-            origin[path] = torch.tensor(under)
-        hidden = model(below[origin.to(device)][None], packed, first=k)[0]
-        return [hidden[path] for path in packed.paths]
-
-    with torch.no_grad(), model.flag_off():
-        reference = go_on(reference_rows, both.paths[len(rows):])
-    return go_on(rows, both.paths[:len(rows)]), reference
+        below = read_below(model, rows + reference_rows)
+        with model.flag_off():
+            reference = go_on(model, reference_rows, below[len(rows):])
+    return go_on(model, rows, below[:len(rows)]), reference

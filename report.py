@@ -1,6 +1,8 @@
 """The report of an evaluation: Markdown tables, and four pictures. Reads results and figures, runs no model."""
+import json
 import os
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
@@ -275,6 +277,57 @@ def write_report(record, path):
     tmp.write_text(text, encoding="utf-8")
     os.replace(tmp, path)
     return text
+
+
+# ------------------------------------------------------------------------------------------------ several runs
+
+def summary(folders):
+    """A table over evaluations of several adapters, one a seed say: what each measured, and the mean."""
+    runs = [read_run(folder) for folder in folders]
+    rows, groups = [], dict.fromkeys((r["set"], r["attack"]) for results, _ in runs for r in results)
+
+    def line(name, values, form):
+        if any(v is not None for v in values):
+            known = [v for v in values if v is not None]
+            rows.append([name, *(number(v, form) for v in values), number(float(np.mean(known)), form)])
+
+    def flagged(run, label, attack):
+        results, figures = run
+        found = by_seed(results, label, attack)
+        return share([s > figures["run"]["threshold"] for s in found[0]])["share"] if found else None
+
+    def against(run, attack, label):
+        return auroc(scores(pick(run[0], "harmful", attack, 0)), scores(untouched(run[0], label)))
+
+    for label, attack in groups:
+        n = max(len(pick(results, label, attack, 0)) for results, _ in runs)
+        line(f"flagged: {label}, {attack} ({n})", [flagged(run, label, attack) for run in runs], ".1%")
+    for label in ("benign", "borderline"):
+        found = [[s > f["run"]["threshold"] for s in scores(untouched(results, label))] for results, f in runs]
+        line(f"flagged: {label}, all ({max(map(len, found))})", [share(x)["share"] for x in found], ".1%")
+        for attack in ("direct", "opening"):
+            line(f"AUROC: {attack} against {label}", [against(run, attack, label) for run in runs], ".3f")
+    for name, shown in (("benign_kl_pi", "KL(pi_0 || pi), benign"), ("harmful_kl_q", "KL(pi_0 || q), harmful")):
+        line(shown, [f["words"][name] for _, f in runs], ".4f")
+    line("greedy answers unchanged", [share(f["unchanged"])["share"] for _, f in runs], ".1%")
+    late = [[onset_bin(x["flag_prob"], x["onset"], f["run"]["threshold"]) for x in f["onsets"]] for _, f in runs]
+    line("spliced answers flagged behind the onset",
+         [float(np.mean([d is not None for _, d in x])) if x else None for x in late], ".1%")
+    delays = [[d for _, d in x if d is not None] for x in late]
+    line("tokens of harm before that flag, median", [float(np.median(d)) if d else None for d in delays], ".0f")
+    return table(["measure", *map(str, folders), "mean"], rows) + "\n"
+
+
+def read_run(folder):
+    """(results, figures) of an evaluation on disk."""
+    try:
+        figures = json.loads((Path(folder) / "figures.json").read_text(encoding="utf-8"))
+        figures["command"]  # what a run writes last
+        lines = (Path(folder) / "results.jsonl").read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line], figures
+    except (OSError, ValueError, KeyError) as e:
+        raise ValueError(f"{folder} holds no finished evaluation ({type(e).__name__}): python eval.py --out {folder} "
+                         "makes one") from None
 
 
 # -------------------------------------------------------------------------------------------------- pictures

@@ -29,12 +29,13 @@ from cli import first_process, option, parse, run, say
 from data.store import open_store, sha256
 from model import Llama, LlamaConfig
 from objective import by_length
-from packed import read
 from parallel import Team
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
-N_START = 10_000  # records that the flag row's start is fitted on, at most: their hidden states lie in memory
+# Records whose hidden states are kept, at most, in memory: 10,000 take 0.7 GB of the default model. Of more records as
+# many are read for the flag row's start, and then each step reads its own: they hardly come up twice.
+N_KEPT = 10_000
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ class TrainConfig:
     finetune: str | None = option(None, "instead of all this, fine-tune the words on these records (finetune.py)")
     adapter: str | None = option(None, "with --finetune: a flag adapter that is merged into the model first")
     # how long
-    steps: int = option(100, "optimizer steps")
+    steps: int = option(450, "optimizer steps")
     batch: int = option(24, "answers a step")
-    micro_batch: int = option(12, "answers that go through the model at once; less memory, same result")
+    micro_batch: int = option(24, "answers that go through the model at once; less memory, same result")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
-    min_answer: int = option(4, "in training each is cut at a random length from this up, short ones more often")
+    short: float = option(1.0, "in training a harmful one is cut to t tokens or more with chance t^-short; 0: not cut")
+    short_benign: float = option(0.4, "the same for benign and borderline answers")
     # the objective, see objective.py
     benign: float = option(30.0, "weight of L_benign")
     flag: float = option(1.0, "weight of L_flag")
@@ -73,8 +75,7 @@ class TrainConfig:
     warmup: int = option(5, "steps until the peak")
     clip: float = option(1.0, "gradient norm at most")
     average: float = option(0.5, "the adapter kept is the mean over this share of the steps, the last ones; 0: the last")
-    start_answer: int = option(8, "tokens of each answer that the flag row's start is fitted on; 0: start at zero")
-    later: float = option(4.0, "weight in that fit of a benign answer's later positions, its first counting 1")
+    fit: bool = option(True, "start the flag's row as a probe fitted to the frozen model; --no-fit: at zero")
     # the rest
     recompute: bool = option(False, "keep what goes into each block alone, compute the rest again: less memory, slower")
     fpr: float = option(0.01, "benign answers that may be flagged, for the threshold")
@@ -89,9 +90,9 @@ class TrainConfig:
                    "dtype": ("auto", "float32", "bfloat16")}
         problems = [f"--{k.replace('_', '-')} is {getattr(self, k)!r}, wanted {' or '.join(v)}"
                     for k, v in choices.items() if getattr(self, k) not in v]
-        least = {"steps": 1, "batch": 1, "micro_batch": 1, "max_answer": 1, "min_answer": 1, "save_every": 1,
-                 "rank": 0, "layers": 0, "offset": 0, "warmup": 0, "start_answer": 0, "later": 0, "benign": 0, "flag": 0,
-                 "after": 0, "words": 0, "early": 0, "lr": 0, "flag_lr": 0}
+        least = {"steps": 1, "batch": 1, "micro_batch": 1, "max_answer": 1, "save_every": 1, "rank": 0, "layers": 0,
+                 "offset": 0, "warmup": 0, "benign": 0, "flag": 0, "after": 0, "words": 0, "early": 0, "short": 0,
+                 "short_benign": 0, "lr": 0, "flag_lr": 0}
         problems += [f"--{k.replace('_', '-')} is {getattr(self, k)}, wanted {v} or more"
                      for k, v in least.items() if not getattr(self, k) >= v]
         problems += [f"--{k} is {getattr(self, k)}, wanted above 0" for k in ("clip", "alpha")
@@ -104,45 +105,74 @@ class TrainConfig:
             problems.append(f"--average is {self.average}, wanted from 0 to 1")
         if not 0 < self.fpr < 1:
             problems.append(f"--fpr is {self.fpr}, wanted between 0 and 1")
-        if not self.offset < self.min_answer <= self.max_answer:
-            problems.append(f"--offset {self.offset}, --min-answer {self.min_answer}, --max-answer {self.max_answer}: "
-                            "wanted offset < min-answer <= max-answer")
+        if not self.offset < self.max_answer:
+            problems.append(f"--offset is {self.offset}, wanted below --max-answer, {self.max_answer}")
         return problems
 
 
-# ---------------------------------------------------------------------------------------- the flag row's start
+# ------------------------------------------------------------------------------- what does not change in training
 
-def hidden_states(model, examples):
-    """For each example what the original model has where the answer's tokens are predicted: final hidden states
-    (n_answer, C), fp32, and the logsumexp of its logits (n_answer,). On the CPU."""
-    with model.flag_off():
-        hidden = [h[e.n_prompt - 1:-1] for e, h in zip(examples, read(model, [e.ids for e in examples]))]
-        lse = model.logits(torch.cat(hidden)).logsumexp(-1).cpu().split([len(h) for h in hidden])
-    return list(zip((h.float().cpu() for h in hidden), lse))
-
-
-def all_hidden_states(team, examples, batch=16):
-    """`hidden_states` of all examples, one behind the other: (N, C) and (N,)."""
-    sizes, parts = [e.n_answer for e in examples], by_length(examples, batch)
-    H, lse = torch.empty(sum(sizes), team.model.config.hidden_size), torch.empty(sum(sizes))        # (N, C), (N,)
-    places = list(zip(H.split(sizes), lse.split(sizes)))
-    for part, states in zip(parts, team.spread(hidden_states, [[examples[i] for i in part] for part in parts])):
-        for i, (h, total) in zip(part, states):  # copied at once: kept, they would lie between what torch needs and
-            places[i][0].copy_(h)                # frees again, and the process grow by gigabytes
-            places[i][1].copy_(total)
-    return H.to(team.device), lse.to(team.device)
+def layout_of(examples, i, config, flag_id):
+    """Record i as it is trained on: its answer cut, and the flag inserted into a harmful one, at places drawn by seed
+    and record. What tells harm from harmless is mostly said early, and short answers leave time for more of them."""
+    example = examples[i]
+    cut, draw = torch.rand(2, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + i)).tolist()
+    power = config.short if example.label == "harmful" else config.short_benign
+    example = example.cut(power_law(cut, example.n_answer, power) if power else example.n_answer)
+    first = min(config.offset, example.n_answer - 1)
+    insert_at = first + insertion(draw, example.n_answer - first, config.early)
+    return goal(config).lay_out(example, insert_at, flag_id, config.offset, config.positions)
 
 
-def start_examples(examples, config):
-    """The beginnings of the answers that the start is fitted on: of all, or of N_START drawn by seed."""
-    order = range(len(examples))
-    if len(examples) > N_START:
-        order = shuffled(len(examples), config.seed)[:N_START].sort().values.tolist()
-    return [examples[i].cut(config.start_answer) for i in order]
+def power_law(draw, n, power):
+    """One of 1 .. n, of a uniform draw from [0, 1): P(t or more) = t^-power, what lies beyond n counting as n."""
+    return min(int(math.exp(min(-math.log1p(-draw) / power, 40.0))), n)  # 40: no overflow, far behind any n
 
 
-def start_flag_rows(team, examples, config):
-    """Sets the unembedding rows to a linear probe fitted on frozen hidden states; returns its loss, nats.
+def insertion(draw, n, early):
+    """Where of n positions the flag goes, of a uniform draw: P(t or later) = (t + 1)^-early.
+
+    A prompt says most of what there is to know. With uniform insertions most flag targets lie deep in the answer,
+    where a small model's ramblings say little, and the highest f of an answer, its score, becomes noise.
+    """
+    return power_law(draw, n, early) - 1 if early else int(draw * n)
+
+
+def read_ahead(team, layouts, batch=16):
+    """The Layouts with `below` and `reference` (objective.py, read_frozen), kept on the CPU: no step reads them again."""
+    parts, began, n = by_length(layouts, batch), time.perf_counter(), 0
+    empty = lambda rows: torch.empty(sum(map(len, rows)), team.model.config.hidden_size, dtype=team.model.dtype)
+    sizes = lambda rows: [len(row) for row in rows]
+    ids, at = [x.ids for x in layouts], [x.at for x in layouts]
+    below = empty(ids).split(sizes(ids)) if team.model.n_frozen else [None] * len(ids)              # (len, C) each
+    reference = empty(at).split(sizes(at))                                                          # (n, C) each
+    for part, found in zip(parts, team.spread(frozen_states, [[layouts[i] for i in part] for part in parts])):
+        for i, (b, r) in zip(part, found):  # copied at once: kept, they would lie between what torch needs and frees
+            reference[i].copy_(r)           # again, and the process grow by gigabytes
+            if b is not None:
+                below[i].copy_(b)
+        n += len(part)
+        if n // batch % 50 == 0:
+            left = (time.perf_counter() - began) * (len(layouts) / n - 1)
+            say(f"read {n:,} of {len(layouts):,} records by the frozen model, {left / 60:.1f} min left")
+    return [dataclasses.replace(x, below=b, reference=r) for x, b, r in zip(layouts, below, reference)]
+
+
+def frozen_states(model, layouts):
+    """(below, reference) of each Layout, on the CPU."""
+    on_cpu = lambda x: None if x is None else x.cpu()
+    return [(on_cpu(x.below), on_cpu(x.reference)) for x in objective.read_frozen(model, layouts)]
+
+
+def logsumexps(model, hidden):
+    """The logsumexp (n,) of the original model's logits at final hidden states (n, C). On the CPU."""
+    with torch.no_grad(), model.flag_off():
+        return model.logits(hidden.to(model.inv_freq.device)).logsumexp(-1).cpu()
+
+
+def start_flag_rows(team, layouts, config):
+    """Sets the unembedding rows to a linear probe fitted on frozen hidden states, those of Layouts that have been read
+    ahead; returns its loss, nats.
 
     The unembedding has no bias: log f/(1-f) = w.h - logsumexp(old logits). With w = 0, or the mean of the old rows,
     that is 23 nats off, and the gradient that repairs it wrecks the words first. But logsumexp is nearly linear in
@@ -150,20 +180,19 @@ def start_flag_rows(team, examples, config):
     targets, weighted as in the training to come. LoRA is left with what a linear probe cannot see, and its first
     gradients are small.
     """
-    (H, lse), sizes, device = all_hidden_states(team, examples), [e.n_answer for e in examples], team.device
-    harmful = torch.cat([torch.full((n,), e.label == "harmful") for e, n in zip(examples, sizes)]).to(device)
-    place = torch.cat([torch.arange(n) for n in sizes]).to(device)                                  # in the answer
-    share = lambda x: x / x.sum().clamp(min=1e-9)
-    asked = place - config.offset  # from this place on f may be asked for
-    flag_weight = share(harmful * (asked >= 0) * (asked + 1.0).clamp(min=1).pow(-config.early))
-    # a score is the highest f of a whole answer: the later ones of these few tokens stand for all that follow
-    benign_weight = share(~harmful * torch.where(place > 0, config.later, 1.0))
-    weight = config.flag * flag_weight + config.benign * benign_weight                              # (N,)
-    ridge = 1e-3 * H.pow(2).mean() * len(H) * torch.eye(H.shape[1], device=device)
+    terms = torch.tensor([t for x in layouts for t in x.terms])                                     # (N, len(TERMS))
+    benign, flag = (terms[:, objective.TERMS.index(name)] for name in ("benign", "flag"))           # (N,) each
+    asked = (benign + flag).bool()
+    hidden = torch.cat([x.reference for x in layouts])[asked]                                       # (n, C)
+    lse = torch.cat(list(team.spread(logsumexps, hidden.split(512)))).to(team.device)               # (n,)
+    H, benign, flag = hidden.to(team.device).float(), benign[asked].to(team.device), flag[asked].to(team.device)
+    share = lambda x: x / x.sum().clamp(min=1)
+    weight = config.flag * share(flag) + config.benign * share(benign)                              # (n,)
+    ridge = 1e-3 * H.pow(2).mean() * len(H) * torch.eye(H.shape[1], device=team.device)
     start = torch.linalg.solve(H.T @ H + ridge, H.T @ lse)
     w = start.clone().requires_grad_()
 
-    cross_entropy = lambda: F.binary_cross_entropy_with_logits(H @ w - lse, harmful.float(), weight, reduction="sum")
+    cross_entropy = lambda: F.binary_cross_entropy_with_logits(H @ w - lse, flag.float(), weight, reduction="sum")
 
     def closure():
         optimizer.zero_grad()
@@ -195,40 +224,16 @@ def learning_rate(step, steps, warmup):
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def step_layouts(examples, step, config, flag_id):
-    """The step's Layouts, shortest first, so that a micro-batch holds answers of like length.
-
-    Each answer is cut at a length drawn log-uniformly from min_answer to max_answer: what tells harm from harmless
-    is mostly said early, and short answers leave time for more of them. Order, cuts and insertions depend on seed and
-    step alone: that is all the state a resumed run needs.
-    """
-    layouts = []
-    for k in range(step * config.batch, (step + 1) * config.batch):
-        epoch, place = divmod(k, len(examples))
-        example = examples[int(shuffled(len(examples), config.seed * 1000 + epoch)[place])]
-        cut, draw = torch.rand(2, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k)).tolist()
-        length = round(config.min_answer * (config.max_answer / config.min_answer) ** cut)
-        example = example.cut(length)
-        first = min(config.offset, example.n_answer - 1)
-        insert_at = first + insertion(draw, example.n_answer - first, config.early)
-        layouts.append(goal(config).lay_out(example, insert_at, flag_id, config.offset, config.positions))
-    return sorted(layouts, key=lambda x: len(x.ids))
+def step_records(step, n, batch, seed):
+    """Which of n records a step trains on. Order, cuts and insertions depend on seed, step and record alone: that is all
+    the state a resumed run needs."""
+    places = [divmod(k, n) for k in range(step * batch, (step + 1) * batch)]
+    return [int(shuffled(n, seed * 1000 + epoch)[place]) for epoch, place in places]
 
 
 @functools.lru_cache(maxsize=2)  # of the same for every record of an epoch; a step may lie across two
 def shuffled(n, seed):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
-
-def insertion(draw, n, early):
-    """Where of n positions the flag goes, of a uniform draw from [0, 1): P(t or later) = (t + 1)^-early, cut at n.
-
-    A prompt says most of what there is to know. With uniform insertions most flag targets lie deep in the answer,
-    where a small model's ramblings say little, and the highest f of an answer, its score, becomes noise.
-    """
-    if early == 0:
-        return int(draw * n)
-    return min(int(math.exp(min(-math.log1p(-draw) / early, 40.0))) - 1, n - 1)  # 40: no overflow, far behind any n
 
 
 def train_step(team, optimizer, layouts, config):
@@ -266,12 +271,7 @@ def train(team, examples, config, flag_id, out):
     run, state = run_id(config, examples), {"parameters": parameters, "mean": mean}
     save = lambda step: team.save(out / "checkpoint.pt", optimizer, state, step=step, run=run)
     first = 0 if config.fresh else resume(team, out / "checkpoint.pt", optimizer, state, run)
-    if first == 0 and config.start_answer and not config.finetune:
-        began = time.perf_counter()
-        beginnings = start_examples(examples, config)
-        nll = start_flag_rows(team, beginnings, config)
-        seconds = time.perf_counter() - began
-        say(f"flag row fitted on {len(beginnings)} answers: loss {nll:.3f} nats, {seconds:.0f} s")
+    layouts = [] if config.finetune else ready(team, examples, config, flag_id, fit=config.fit and first == 0)
     if first == 0:
         save(0)
     if team.first:
@@ -281,22 +281,39 @@ def train(team, examples, config, flag_id, out):
         start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, config.steps, config.warmup)
-        layouts = step_layouts(examples, step, config, flag_id)
-        terms, norm, n_supervised = train_step(team, optimizer, layouts, config)
+        chosen = step_records(step, len(examples), config.batch, config.seed)
+        now = [layouts[i] if layouts else layout_of(examples, i, config, flag_id) for i in chosen]
+        now.sort(key=lambda x: len(x.ids))  # a micro-batch holds answers of like length
+        terms, norm, n_supervised = train_step(team, optimizer, now, config)
         if step in averaged:
             for n, p in parameters.items():
                 mean[n] += p.detach() / len(averaged)
-        now = time.perf_counter()
+        seconds = time.perf_counter() - start
         log_step(out, config, {
             "step": step + 1, "loss": sum(getattr(config, t) * (v or 0) for t, v in terms.items()), **terms,
             "supervised": n_supervised, "lr": optimizer.param_groups[-1]["lr"], "gradient_norm": norm,
-            "tokens_per_s": sum(len(x.ids) for x in layouts) / (now - start),
-            "left_s": (now - began) / (step + 1 - first) * (config.steps - step - 1)})
+            "tokens_per_s": sum(len(x.ids) for x in now) / seconds,
+            "left_s": (time.perf_counter() - began) / (step + 1 - first) * (config.steps - step - 1)})
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             save(step + 1)
     with torch.no_grad():
         for n, p in parameters.items():
             p.copy_(mean[n])
+
+
+def ready(team, examples, config, flag_id, fit):
+    """All records as Layouts that have been read ahead; [] of more than N_KEPT, which are read when they come up. With
+    `fit` the flag's rows get their start from them, or from N_KEPT of them, drawn by seed."""
+    few = len(examples) <= N_KEPT
+    if not (few or fit):
+        return []
+    chosen = range(len(examples)) if few else shuffled(len(examples), config.seed)[:N_KEPT].sort().values.tolist()
+    layouts = read_ahead(team, [layout_of(examples, i, config, flag_id) for i in chosen])
+    if fit:
+        began = time.perf_counter()
+        nll = start_flag_rows(team, layouts, config)
+        say(f"flag row fitted on {len(layouts):,} answers: loss {nll:.3f} nats, {time.perf_counter() - began:.0f} s")
+    return layouts if few else []
 
 
 def log_step(out, config, r):

@@ -67,7 +67,8 @@ def test_training_is_compared_on_the_same_losses(tiny, tmp_path, monkeypatch):
         rounds=1, batch=6, micro_batch=4, layers=1, rank=2, weights=str(tiny), dtype="float32"))
     ours, theirs = found["terms"]["nanoflag"], found["terms"]["transformers + peft"]
     assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4) and ours[1] > 1
-    assert found["needed"][0] > 0 and all(m is None or m > 0 for m in found["memory_mb"].values())
+    assert ours == pytest.approx(found["terms"][bench_train.AHEAD], rel=1e-4, abs=1e-5)
+    assert found["needed"]["nanoflag"][0] > found["needed"][bench_train.AHEAD][0] > 0 and all(m is None or m > 0 for m in found["memory_mb"].values())
     table = "\n".join(bench_train.train_table(found))
     assert "| nanoflag |" in table and "| transformers + peft |" in table
 
@@ -82,6 +83,8 @@ def test_what_a_training_step_needs_by_hand(flagged):
     n, seen = 5, 1 + 2 + 3 + 3 + 4
     needed = 2 * (2 * 2 * block * n + 3 * pairs * seen) + 3 * 2 * lora * n + 2 * (2 * block * n + pairs * seen)
     assert bench_train.step_flops(flagged, [benign, other], 2) == needed + 6 * 3 * 272 * 32
+    ahead = bench_train.step_flops(flagged, [benign, other], 2, ahead=True)
+    assert ahead == needed - 2 * (2 * block * n + pairs * seen) + 6 * 3 * 272 * 32
 
 
 @pytest.mark.parametrize("args, message", [

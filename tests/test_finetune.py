@@ -19,7 +19,7 @@ from sample import generate
 from train import TrainConfig
 
 SMALL = ["--steps", "4", "--batch", "3", "--micro-batch", "2", "--save-every", "2", "--rank", "2", "--lr", "0.05",
-         "--warmup", "0", "--min-answer", "12", "--max-answer", "12", "--dtype", "float32", "--device", "cpu"]
+         "--warmup", "0", "--short-benign", "0", "--max-answer", "12", "--dtype", "float32", "--device", "cpu"]
 
 
 def records():

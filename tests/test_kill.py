@@ -55,7 +55,7 @@ def start(tiny, tmp_path):
     """start(out, n=None, share=0): train.py's main() in a process of its own, which counts its moments; its pid."""
     records = write_records(tmp_path / "records.jsonl", 2)
     flags = SMALL | {"weights": tiny, "train": records, "dev": records, "tokens": tmp_path / "tokens", "steps": 3,
-                     "layers": 1, "batch": 2, "save-every": 1, "max-answer": 6, "start-answer": 2}
+                     "layers": 1, "batch": 2, "save-every": 1, "max-answer": 6}
 
     def call(out, n=None, share=0.0):
         def work():

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 import data.store
 from data.store import open_store
 from objective import make_example
-from train import TrainConfig, start_examples
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
 RECORD = st.builds(
@@ -121,13 +120,3 @@ def test_memory_does_not_grow_with_the_file(tiny, tok, tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 100_000  # the text alone is a million bytes more, lists of the ids half a million
-
-
-def test_the_start_is_fitted_on_all_records_or_on_some_drawn_by_seed(monkeypatch, tok):
-    examples = [make_example(tok, json.loads(GOOD.replace("hello", f"p{i}")), 12, 255) for i in range(30)]
-    cut = [e.cut(8) for e in examples]
-    assert start_examples(examples, TrainConfig()) == cut
-    monkeypatch.setattr("train.N_START", 10)
-    drawn = [start_examples(examples, TrainConfig(seed=seed)) for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2] and all(len(x) == 10 for x in drawn)
-    assert [cut.index(e) for e in drawn[0]] == sorted(cut.index(e) for e in drawn[0])

@@ -14,9 +14,10 @@ from calibrate import evaluate, score
 from cli import parse
 from objective import make_example
 from parallel import Team
-from train import TrainConfig, insertion, learning_rate, start_flag_rows, step_layouts
+from train import (TrainConfig, insertion, layout_of, learning_rate, power_law, read_ahead, ready, start_flag_rows,
+                   step_records)
 
-SMALL = {"steps": 6, "batch": 4, "micro-batch": 2, "max-answer": 12, "save-every": 2, "start-answer": 6, "rank": 2,
+SMALL = {"steps": 6, "batch": 4, "micro-batch": 2, "max-answer": 12, "save-every": 2, "short": 0, "short-benign": 0, "rank": 2,
          "lr": 0.01, "dtype": "float32", "device": "cpu"}
 
 
@@ -118,25 +119,27 @@ def test_it_overfits_a_few_answers_and_leaves_the_words(command, model, tok, aft
     assert evaluate(model, examples, 0.2)["benign_kl"] < 0.1
 
 
-@pytest.mark.parametrize("early, later", [(0.0, 1.0), (2.0, 1.0), (2.0, 5.0)])
-def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_path, early, later):
+@pytest.mark.parametrize("early, short", [(0.0, 0.0), (2.0, 0.0), (2.0, 0.5)])
+def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_path, early, short):
     path = write_records(tmp_path / "r.jsonl", 20)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     swap = {"harmful": "benign", "benign": "harmful"}  # a few stand there with the other label too: no fit gets to 0
     records += [r | {"label": swap[r["label"]]} for r in records[:14]]
     examples = [make_example(tok, r, 12, 255) for r in records]
-    model.add_flag(rank=2)
-    config = dataclasses.replace(TrainConfig(), benign=2.0, flag=0.5, early=early, later=later, offset=1)
-    nll = start_flag_rows(Team("cpu").take(model), examples, config)
-    harmful, benign = [], []  # (weight, -log f or -log(1 - f)) of each position
-    for e, s in zip(examples, score(model, examples)):
-        for t, f in enumerate(s["f"]):
-            if e.label != "harmful":
-                benign.append((later if t else 1.0, -np.log(1 - f)))
-            elif t >= 1:
-                harmful.append((float(t) ** -early, -np.log(f)))
-    average = lambda x: np.average([v for _, v in x], weights=[w for w, _ in x])
-    measured = 0.5 * average(harmful) + 2.0 * average(benign)
+    model.add_flag(rank=2, layers=1)
+    config = dataclasses.replace(TrainConfig(), benign=2.0, flag=0.5, early=early, short=short,
+                                 short_benign=short / 2, offset=1)
+    team = Team("cpu").take(model)
+    layouts = [layout_of(examples, i, config, tok.flag_id) for i in range(len(examples))]
+    nll = start_flag_rows(team, read_ahead(team, layouts), config)
+    harmful, benign = [], []  # -log f and -log(1 - f) of each position that training asks for it
+    for e, s, x in zip(examples, score(model, examples), layouts):
+        if e.label == "harmful":
+            flag_at = x.ids.index(tok.flag_id) - e.n_prompt
+            harmful += [-np.log(f) for t, f in enumerate(s["f"]) if 1 <= t <= flag_at]
+        else:
+            benign += [-np.log(1 - f) for f in s["f"][:len(x.at)]]
+    measured = 0.5 * np.mean(harmful) + 2.0 * np.mean(benign)
     assert measured == pytest.approx(nll, rel=1e-3) and nll > 0.1
     assert measured < 0.5 * -np.log(0.2) + 2.0 * -np.log(0.8)  # the best that one constant f can do
 
@@ -149,27 +152,81 @@ def test_insertions_fall_off_as_a_power_law():
     assert at.max() == 19 and insertion(0.0, 1, 2.0) == 0 and insertion(1 - 2**-24, 5, 0.01) == 4
 
 
-def test_each_record_comes_once_an_epoch_and_insertions_vary(tok):
-    examples = [make_example(tok, dict(prompt=f"p{i}", response="abcdefgh", opening="", label="harmful"), 9, 255)
-                for i in range(8)]
-    config = dataclasses.replace(TrainConfig(), batch=4, min_answer=20, max_answer=20, early=0.0)
-    steps = [step_layouts(examples, s, config, tok.flag_id) for s in range(40)]
-    for epoch in range(20):
-        seen = [tuple(x.reference_ids) for s in steps[2 * epoch:2 * epoch + 2] for x in s]
-        assert sorted(seen) == sorted(tuple(e.ids) for e in examples)
+def test_each_record_comes_once_an_epoch():
+    steps = [step_records(s, 8, 4, seed=1) for s in range(40)]
+    epochs = [steps[2 * i] + steps[2 * i + 1] for i in range(20)]
+    assert all(sorted(e) == list(range(8)) for e in epochs) and len(set(map(tuple, epochs))) > 15
+    assert sorted(step_records(0, 3, 6, seed=0)) == [0, 0, 1, 1, 2, 2]  # a step may hold more than an epoch
+    assert step_records(0, 8, 8, seed=0) != step_records(0, 8, 8, seed=1)
+
+
+def test_insertions_are_drawn_by_record_and_seed_alone(tok):
+    record = dict(prompt="p", response="abcdefgh", opening="", label="harmful")
+    examples = [make_example(tok, record, 9, 255)] * 200
+    config = dataclasses.replace(TrainConfig(), short=0.0, early=0.0)
+    draw = lambda seed: [layout_of(examples, i, dataclasses.replace(config, seed=seed), tok.flag_id) for i in range(200)]
+    places = [x.ids.index(tok.flag_id) - examples[0].n_prompt for x in draw(0)]
     n = examples[0].n_answer
-    places = [x.ids.index(tok.flag_id) - examples[0].n_prompt for s in steps for x in s]
-    assert set(places) == set(range(n))
     assert scipy.stats.chisquare(np.bincount(places, minlength=n)).pvalue > 1e-4  # uniform
+    assert draw(0) == draw(0) != draw(1)
 
 
-def test_answers_are_cut_at_log_uniform_lengths(tok):
-    record = dict(prompt="p", response="a" * 200, opening="", label="benign")
-    examples = [make_example(tok, record, 64, 255)]
-    config = dataclasses.replace(TrainConfig(), batch=1, min_answer=8, max_answer=64)
-    lengths = [len(step_layouts(examples, s, config, tok.flag_id)[0].at) for s in range(400)]
-    assert min(lengths) == 8 and max(lengths) == 64
-    assert scipy.stats.kstest(np.log2(lengths), "uniform", args=(3, 3)).pvalue > 1e-3
+def test_answers_are_cut_by_a_power_law(tok):
+    examples = [make_example(tok, dict(prompt="p", response="a" * 200, opening="", label="benign"), 64, 255)] * 4000
+    config = dataclasses.replace(TrainConfig(), short_benign=0.5)
+    lengths = np.array([len(layout_of(examples, i, config, tok.flag_id).at) for i in range(4000)])
+    assert lengths.min() == 1 and lengths.max() == 64
+    for t in (2, 4, 16, 64):
+        assert scipy.stats.binomtest(int((lengths >= t).sum()), 4000, t ** -0.5).pvalue > 1e-4
+    whole = dataclasses.replace(config, short_benign=0.0)
+    assert len(layout_of(examples, 0, whole, tok.flag_id).at) == 64
+    assert power_law(0.0, 5, 1.0) == 1 and power_law(1 - 2**-24, 5, 0.01) == 5
+
+
+@pytest.mark.parametrize("rank, layers", [(2, 1), (2, None), (0, None)])
+def test_a_step_is_the_same_whether_its_records_were_read_ahead_or_not(model, tok, tmp_path, rank, layers):
+    path = write_records(tmp_path / "r.jsonl", 5)
+    examples = [make_example(tok, json.loads(line), 12, 255) for line in path.read_text().splitlines()]
+    model.add_flag(rank=rank, layers=layers)
+    for p in model.flag_parameters().values():
+        torch.nn.init.normal_(p.data, std=0.2, generator=torch.Generator().manual_seed(3))
+    team, config = Team("cpu").take(model), dataclasses.replace(TrainConfig(), micro_batch=4, lr=0.0, flag_lr=0.0)
+    plain = [layout_of(examples, i, config, tok.flag_id) for i in range(10)]
+    found = []
+    for layouts in (plain, read_ahead(team, plain, batch=3)):
+        terms, norm, n = train.train_step(team, train.make_optimizer(model, config), layouts, config)
+        found.append([*terms.values(), norm, n, *(p.grad for p in model.flag_parameters().values() if p.grad is not None)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_of_many_records_some_are_read_for_the_start_and_the_others_when_they_come_up(command, monkeypatch, tmp_path):
+    few = load_file(command("few", fit=True, steps=3) / "flag.safetensors")
+    monkeypatch.setattr("train.N_KEPT", 11)  # of 12
+    many = load_file(command("many", fit=True, steps=3) / "flag.safetensors")
+    assert any((few[n] != many[n]).any() for n in few)  # the start has seen a record less
+    plain = [load_file(command(f"plain_{n}", **{"no-fit": True}, steps=3) / "flag.safetensors") for n in (0,)]
+    monkeypatch.setattr("train.N_KEPT", 12)
+    plain.append(load_file(command("plain_1", **{"no-fit": True}, steps=3) / "flag.safetensors"))
+    for n in plain[0]:
+        torch.testing.assert_close(plain[0][n], plain[1][n], rtol=1e-3, atol=1e-5)
+
+
+def test_the_start_is_fitted_on_all_records_or_on_some_drawn_by_seed(model, tok, monkeypatch):
+    records = [dict(prompt=f"p{i}", response=f"r{i}", opening="", label=("harmful", "benign")[i % 2]) for i in range(30)]
+    examples = [make_example(tok, r, 12, 255) for r in records]
+    model.add_flag(rank=2, layers=1)
+    team, seen = Team("cpu").take(model), []
+    monkeypatch.setattr("train.start_flag_rows", lambda team, layouts, config: seen.append(layouts) or 0.0)
+    pick = lambda seed: ready(team, examples, TrainConfig(seed=seed), tok.flag_id, fit=True)
+    prompts = lambda layouts: [tok.decode(x.ids[:examples[0].n_prompt]) for x in layouts]
+    kept = pick(0)
+    assert kept is seen[0] and prompts(kept) == [tok.decode(e.ids[:e.n_prompt]) for e in examples]
+    monkeypatch.setattr("train.N_KEPT", 10)
+    assert pick(0) == pick(0) == pick(1) == []
+    drawn = [prompts(x) for x in seen[1:]]
+    assert drawn[0] == drawn[1] != drawn[2] and all(len(x) == len(set(x)) == 10 for x in drawn)
+    assert ready(team, examples, TrainConfig(), tok.flag_id, fit=False) == [] and len(seen) == 4
 
 
 def test_the_learning_rate_is_never_zero_and_peaks_after_the_warm_up():
