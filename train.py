@@ -52,17 +52,17 @@ class TrainConfig:
     adapter: str | None = option(None, "with --finetune: a flag adapter that is merged into the model first")
     # how long
     steps: int = option(450, "optimizer steps")
-    batch: int = option(24, "answers a step")
-    micro_batch: int = option(24, "answers that go through the model at once; less memory, same result")
+    batch: int = option(32, "answers a step")
+    micro_batch: int = option(32, "answers that go through the model at once; less memory, same result")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
     short: float = option(1.0, "in training a harmful one is cut to t tokens or more with chance t^-short; 0: not cut")
     short_benign: float = option(0.4, "the same for benign and borderline answers")
     # the objective, see objective.py
-    benign: float = option(30.0, "weight of L_benign")
+    benign: float = option(10.0, "weight of L_benign")
     flag: float = option(1.0, "weight of L_flag")
     after: float = option(0.05, "weight of L_after")
     words: float = option(30.0, "weight of L_words")
-    early: float = option(3.0, "the flag's insertion comes behind answer token t with chance (t + 1)^-early; 0: uniform")
+    early: float = option(3.0, "the flag's insertion comes behind answer token t with chance (t + 1)^-early; 0: anywhere")
     positions: str = option("all", "flag targets: all from the offset to the insertion, or one, at the insertion")
     offset: int = option(0, "first answer position that may be asked for the flag (k): evidence seen before it")
     after_loss: str = option("kl", "kl to the original model behind the flag, or ce on the answer's own words")
@@ -139,7 +139,7 @@ def insertion(draw, n, early):
 
 
 def read_ahead(team, layouts, batch=16):
-    """The Layouts with `below` and `reference` (objective.py, read_frozen), kept on the CPU: no step reads them again."""
+    """The Layouts with `below` and `reference` (objective.py, read_frozen), on the CPU: no step reads them again."""
     parts, began, n = by_length(layouts, batch), time.perf_counter(), 0
     empty = lambda rows: torch.empty(sum(map(len, rows)), team.model.config.hidden_size, dtype=team.model.dtype)
     sizes = lambda rows: [len(row) for row in rows]
@@ -225,8 +225,8 @@ def learning_rate(step, steps, warmup):
 
 
 def step_records(step, n, batch, seed):
-    """Which of n records a step trains on. Order, cuts and insertions depend on seed, step and record alone: that is all
-    the state a resumed run needs."""
+    """Which of n records a step trains on. Order, cuts and insertions depend on seed, step and record alone: that is
+    all the state that a resumed run needs."""
     places = [divmod(k, n) for k in range(step * batch, (step + 1) * batch)]
     return [int(shuffled(n, seed * 1000 + epoch)[place]) for epoch, place in places]
 
@@ -319,7 +319,8 @@ def ready(team, examples, config, flag_id, fit):
 def log_step(out, config, r):
     terms = " ".join(f"{t} {r[t]:.4f}" if r[t] is not None else f"{t} -" for t in goal(config).TERMS)
     say(f"step {r['step']:4}/{config.steps} | loss {r['loss']:.4f} {terms} | sup {r['supervised']:,} tok | "
-        f"lr {r['lr']:.1e} | gnorm {r['gradient_norm']:.2f} | {r['tokens_per_s']:.0f} tok/s | {r['left_s'] / 60:.1f} min left")
+        f"lr {r['lr']:.1e} | gnorm {r['gradient_norm']:.2f} | {r['tokens_per_s']:.0f} tok/s | "
+        f"{r['left_s'] / 60:.1f} min left")
     if first_process():
         with open(out / "log.jsonl", "a") as f:
             f.write(json.dumps(r) + "\n")

@@ -17,8 +17,8 @@ from parallel import Team
 from train import (TrainConfig, insertion, layout_of, learning_rate, power_law, read_ahead, ready, start_flag_rows,
                    step_records)
 
-SMALL = {"steps": 6, "batch": 4, "micro-batch": 2, "max-answer": 12, "save-every": 2, "short": 0, "short-benign": 0, "rank": 2,
-         "lr": 0.01, "dtype": "float32", "device": "cpu"}
+SMALL = {"steps": 6, "batch": 4, "micro-batch": 2, "max-answer": 12, "save-every": 2, "short": 0, "short-benign": 0,
+         "rank": 2, "lr": 0.01, "dtype": "float32", "device": "cpu"}
 
 
 def write_records(path, n=6):
@@ -164,7 +164,8 @@ def test_insertions_are_drawn_by_record_and_seed_alone(tok):
     record = dict(prompt="p", response="abcdefgh", opening="", label="harmful")
     examples = [make_example(tok, record, 9, 255)] * 200
     config = dataclasses.replace(TrainConfig(), short=0.0, early=0.0)
-    draw = lambda seed: [layout_of(examples, i, dataclasses.replace(config, seed=seed), tok.flag_id) for i in range(200)]
+    settings = lambda seed: dataclasses.replace(config, seed=seed)
+    draw = lambda seed: [layout_of(examples, i, settings(seed), tok.flag_id) for i in range(200)]
     places = [x.ids.index(tok.flag_id) - examples[0].n_prompt for x in draw(0)]
     n = examples[0].n_answer
     assert scipy.stats.chisquare(np.bincount(places, minlength=n)).pvalue > 1e-4  # uniform
@@ -195,7 +196,8 @@ def test_a_step_is_the_same_whether_its_records_were_read_ahead_or_not(model, to
     found = []
     for layouts in (plain, read_ahead(team, plain, batch=3)):
         terms, norm, n = train.train_step(team, train.make_optimizer(model, config), layouts, config)
-        found.append([*terms.values(), norm, n, *(p.grad for p in model.flag_parameters().values() if p.grad is not None)])
+        gradients = [p.grad for p in model.flag_parameters().values() if p.grad is not None]
+        found.append([*terms.values(), norm, n, *gradients])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -213,7 +215,8 @@ def test_of_many_records_some_are_read_for_the_start_and_the_others_when_they_co
 
 
 def test_the_start_is_fitted_on_all_records_or_on_some_drawn_by_seed(model, tok, monkeypatch):
-    records = [dict(prompt=f"p{i}", response=f"r{i}", opening="", label=("harmful", "benign")[i % 2]) for i in range(30)]
+    records = [dict(prompt=f"p{i}", response=f"r{i}", opening="", label=("harmful", "benign")[i % 2])
+               for i in range(30)]
     examples = [make_example(tok, r, 12, 255) for r in records]
     model.add_flag(rank=2, layers=1)
     team, seen = Team("cpu").take(model), []
