@@ -181,9 +181,9 @@ def train_bench(config):
     team, optimizer = Team(model.inv_freq.device).take(model), make_optimizer(model, job)
     for group in optimizer.param_groups:
         group["lr"] = 1e-6
-    step = lambda layouts: list(train_step(team, optimizer, layouts, job)[0].values())
+    ahead = lambda layouts: list(train_step(team, optimizer, layouts, job)[0].values())
     fresh = lambda layouts: [dataclasses.replace(x, below=None, reference=None) for x in layouts]
-    known = {"nanoflag": lambda layouts: step(fresh(layouts)), AHEAD: step}
+    known = {"nanoflag": lambda layouts: ahead(fresh(layouts)), AHEAD: ahead}
     if peer is not None:
         known["transformers + peft"] = Peer(peer, job, model.config.vocab_size).step
     examples = examples_of(config, job, tok, model.config.max_position_embeddings - 1)

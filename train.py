@@ -118,7 +118,8 @@ def layout_of(examples, i, config, flag_id):
     example = examples[i]
     cut, draw = torch.rand(2, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + i)).tolist()
     power = config.short if example.label == "harmful" else config.short_benign
-    example = example.cut(power_law(cut, example.n_answer, power) if power else example.n_answer)
+    if power:  # but never so short that the offset leaves no place for the flag
+        example = example.cut(max(power_law(cut, example.n_answer, power), config.offset + 1))
     first = min(config.offset, example.n_answer - 1)
     insert_at = first + insertion(draw, example.n_answer - first, config.early)
     return goal(config).lay_out(example, insert_at, flag_id, config.offset, config.positions)
@@ -152,7 +153,7 @@ def read_ahead(team, layouts, batch=16):
             if b is not None:
                 below[i].copy_(b)
         n += len(part)
-        if n // batch % 50 == 0:
+        if n % (50 * batch) == 0:
             left = (time.perf_counter() - began) * (len(layouts) / n - 1)
             say(f"read {n:,} of {len(layouts):,} records by the frozen model, {left / 60:.1f} min left")
     return [dataclasses.replace(x, below=b, reference=r) for x, b, r in zip(layouts, below, reference)]
