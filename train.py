@@ -58,7 +58,7 @@ class TrainConfig:
     short: float = option(1.0, "in training a harmful one is cut to t tokens or more with chance t^-short; 0: not cut")
     short_benign: float = option(0.4, "the same for benign and borderline answers")
     # the objective, see objective.py
-    benign: float = option(10.0, "weight of L_benign")
+    benign: float = option(30.0, "weight of L_benign")
     flag: float = option(1.0, "weight of L_flag")
     after: float = option(0.05, "weight of L_after")
     words: float = option(30.0, "weight of L_words")
