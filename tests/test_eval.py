@@ -52,6 +52,32 @@ def run(monkeypatch, tiny, files, *more):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()], folder
 
 
+def test_the_summary_puts_evaluations_side_by_side(monkeypatch, tiny, files, capsys, tmp_path):
+    out, _ = files
+    settings = json.loads((out / "flag.json").read_text())
+    folders = []
+    for name, threshold in (("low", 0.0), ("high", 1.0)):
+        (out / "flag.json").write_text(json.dumps(settings | {"threshold": threshold}))
+        folders.append(run(monkeypatch, tiny, files, "--attack", "direct,opening", "--out", tmp_path / name)[1])
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--summary", ",".join(map(str, folders))])
+    evaluation.main()
+    rows = {cells[0]: cells[1:] for cells in ([c.strip() for c in line.strip("|").split(" | ")]
+                                              for line in capsys.readouterr().out.splitlines())}
+    assert rows["flagged: harmful, direct (4)"] == ["100.0%", "0.0%", "50.0%"]
+    assert rows["flagged: benign, all (5)"] == ["100.0%", "0.0%", "50.0%"]
+    figures = [json.loads((f / "figures.json").read_text()) for f in folders]
+    results = [[json.loads(line) for line in (f / "results.jsonl").read_text().splitlines()] for f in folders]
+    for attack in ("direct", "opening"):
+        areas = [auroc([r["score"] for r in x if r["set"] == "harmful" and r["attack"] == attack],
+                       [r["score"] for r in x if r["set"] == "benign"]) for x in results]
+        assert [float(c) for c in rows[f"AUROC: {attack} against benign"]] == pytest.approx([*areas, np.mean(areas)], abs=5e-4)
+    kl = [f["words"]["harmful_kl_q"] for f in figures]
+    assert [float(c) for c in rows["KL(pi_0 \\|\\| q), harmful"]] == pytest.approx([*kl, np.mean(kl)], abs=5e-5)
+    with pytest.raises(ValueError, match="no finished evaluation"):
+        report.summary([tmp_path / "nothing"])
+
+
 def test_the_command_writes_a_record_an_answer_and_a_report(monkeypatch, tiny, files, capsys, flagged, tok):
     results, folder = run(monkeypatch, tiny, files, "--attack", "direct,opening,prefill_5,typed_flag,pgd", "--costly", 3)
     counts = Counter((r["set"], r["attack"]) for r in results)
