@@ -1,6 +1,6 @@
 """Trains the red flag into a Llama: rows for the flag, LoRA, three terms, a calibrated threshold.
 
-    python train.py --init llama                 # SmolLM2-135M-Instruct on data/mini, about 11 minutes on 2 CPU cores
+    python train.py --init llama                 # SmolLM2-135M-Instruct on data/mini, about 12 minutes on 2 CPU cores
     python train.py --init llama --weights DIR --train my.jsonl --dev my_dev.jsonl --out my_flag
     python train.py --finetune my.jsonl --out tuned     # no flag: plain fine-tuning in the same loop, see finetune.py
 
@@ -283,9 +283,9 @@ def train(team, examples, config, flag_id, out):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, config.steps, config.warmup)
         chosen = step_records(step, len(examples), config.batch, config.seed)
-        now = [layouts[i] if layouts else layout_of(examples, i, config, flag_id) for i in chosen]
-        now.sort(key=lambda x: len(x.ids))  # a micro-batch holds answers of like length
-        terms, norm, n_supervised = train_step(team, optimizer, now, config)
+        batch = [layouts[i] if layouts else layout_of(examples, i, config, flag_id) for i in chosen]
+        batch.sort(key=lambda x: len(x.ids))  # a micro-batch holds answers of like length
+        terms, norm, n_supervised = train_step(team, optimizer, batch, config)
         if step in averaged:
             for n, p in parameters.items():
                 mean[n] += p.detach() / len(averaged)
@@ -293,7 +293,7 @@ def train(team, examples, config, flag_id, out):
         log_step(out, config, {
             "step": step + 1, "loss": sum(getattr(config, t) * (v or 0) for t, v in terms.items()), **terms,
             "supervised": n_supervised, "lr": optimizer.param_groups[-1]["lr"], "gradient_norm": norm,
-            "tokens_per_s": sum(len(x.ids) for x in now) / seconds,
+            "tokens_per_s": sum(len(x.ids) for x in batch) / seconds,
             "left_s": (time.perf_counter() - began) / (step + 1 - first) * (config.steps - step - 1)})
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             save(step + 1)
