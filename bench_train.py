@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from bench import SHAPES, Machine, build, device_name, seconds, times_faster
 from cli import option, say
 from data.prepare import read_records
+from frozen import read_ahead
 from objective import TERMS, Example, make_example, pad
 from packed import Packed
 from parallel import Team
-from train import TrainConfig, layout_of, make_optimizer, read_ahead, step_records, train_step
+from train import TrainConfig, layout_of, make_optimizer, step_records, train_step
 
 AHEAD = "nanoflag, records read ahead"  # as train.py does: what is frozen has been read before the loop
 LORA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

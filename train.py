@@ -19,16 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import finetune
 import objective
 from calibrate import evaluate, print_table
-from checkpoint import fill, whole
+from checkpoint import whole
 from cli import first_process, option, parse, run, say
 from data.store import open_store, sha256
+from frozen import read_ahead, start_flag_rows
 from model import Llama, LlamaConfig
-from objective import by_length
 from parallel import Team
 from tokenizer import Tokenizer
 
@@ -110,7 +109,7 @@ class TrainConfig:
         return problems
 
 
-# ------------------------------------------------------------------------------- what does not change in training
+# ------------------------------------------------------------------------------------------------ records
 
 def layout_of(examples, i, config, flag_id):
     """Record i as it is trained on: its answer cut, and the flag inserted into a harmful one, at places drawn by seed
@@ -137,76 +136,6 @@ def insertion(draw, n, early):
     where a small model's ramblings say little, and the highest f of an answer, its score, becomes noise.
     """
     return power_law(draw, n, early) - 1 if early else int(draw * n)
-
-
-def read_ahead(team, layouts, batch=16):
-    """The Layouts with `below` and `reference` (objective.py, read_frozen), on the CPU: no step reads them again."""
-    parts, began, n = by_length(layouts, batch), time.perf_counter(), 0
-    empty = lambda rows: torch.empty(sum(map(len, rows)), team.model.config.hidden_size, dtype=team.model.dtype)
-    sizes = lambda rows: [len(row) for row in rows]
-    ids, at = [x.ids for x in layouts], [x.at for x in layouts]
-    below = empty(ids).split(sizes(ids)) if team.model.n_frozen else [None] * len(ids)              # (len, C) each
-    reference = empty(at).split(sizes(at))                                                          # (n, C) each
-    for part, found in zip(parts, team.spread(frozen_states, [[layouts[i] for i in part] for part in parts])):
-        for i, (b, r) in zip(part, found):  # copied at once: kept, they would lie between what torch needs and frees
-            reference[i].copy_(r)           # again, and the process grow by gigabytes
-            if b is not None:
-                below[i].copy_(b)
-        n += len(part)
-        if n % (50 * batch) == 0:
-            left = (time.perf_counter() - began) * (len(layouts) / n - 1)
-            say(f"read {n:,} of {len(layouts):,} records by the frozen model, {left / 60:.1f} min left")
-    return [dataclasses.replace(x, below=b, reference=r) for x, b, r in zip(layouts, below, reference)]
-
-
-def frozen_states(model, layouts):
-    """(below, reference) of each Layout, on the CPU."""
-    on_cpu = lambda x: None if x is None else x.cpu()
-    return [(on_cpu(x.below), on_cpu(x.reference)) for x in objective.read_frozen(model, layouts)]
-
-
-def logsumexps(model, hidden):
-    """The logsumexp (n,) of the original model's logits at final hidden states (n, C). On the CPU."""
-    with torch.no_grad(), model.flag_off():
-        return model.logits(hidden.to(model.inv_freq.device)).logsumexp(-1).cpu()
-
-
-def start_flag_rows(team, layouts, config):
-    """Sets the unembedding rows to a linear probe fitted on frozen hidden states, those of Layouts that have been read
-    ahead; returns its loss, nats.
-
-    The unembedding has no bias: log f/(1-f) = w.h - logsumexp(old logits). With w = 0, or the mean of the old rows,
-    that is 23 nats off, and the gradient that repairs it wrecks the words first. But logsumexp is nearly linear in
-    h, so w starts as its ridge solution, which makes f about 1/2 everywhere, and is then fitted by L-BFGS to f's
-    targets, weighted as in the training to come. LoRA is left with what a linear probe cannot see, and its first
-    gradients are small.
-    """
-    terms = torch.tensor([t for x in layouts for t in x.terms])                                     # (N, len(TERMS))
-    benign, flag = (terms[:, objective.TERMS.index(name)] for name in ("benign", "flag"))           # (N,) each
-    asked = (benign + flag).bool()
-    hidden = torch.cat([x.reference for x in layouts])[asked]                                       # (n, C)
-    lse = torch.cat(list(team.spread(logsumexps, hidden.split(512)))).to(team.device)               # (n,)
-    H, benign, flag = hidden.to(team.device).float(), benign[asked].to(team.device), flag[asked].to(team.device)
-    share = lambda x: x / x.sum().clamp(min=1)
-    weight = config.flag * share(flag) + config.benign * share(benign)                              # (n,)
-    ridge = 1e-3 * H.pow(2).mean() * len(H) * torch.eye(H.shape[1], device=team.device)
-    start = torch.linalg.solve(H.T @ H + ridge, H.T @ lse)
-    w = start.clone().requires_grad_()
-
-    cross_entropy = lambda: F.binary_cross_entropy_with_logits(H @ w - lse, flag.float(), weight, reduction="sum")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = cross_entropy() + 2e-5 * (w - start).pow(2).sum()
-        loss.backward()
-        return loss
-
-    optimizer = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
-    optimizer.step(closure)
-    row = team.agree(w.detach())
-    fill(team.model.flag_unembed, row.expand_as(team.model.flag_unembed))
-    with torch.no_grad():
-        return cross_entropy().item()
 
 
 # ------------------------------------------------------------------------------------------------ the loop

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 import train
 from calibrate import evaluate, score
 from cli import parse
+from frozen import read_ahead, start_flag_rows
 from objective import make_example
 from parallel import Team
-from train import (TrainConfig, insertion, layout_of, learning_rate, power_law, read_ahead, ready, start_flag_rows,
-                   step_records)
+from train import TrainConfig, insertion, layout_of, learning_rate, power_law, ready, step_records
 
 SMALL = {"steps": 6, "batch": 4, "micro-batch": 2, "max-answer": 12, "save-every": 2, "short": 0, "short-benign": 0,
          "rank": 2, "lr": 0.01, "dtype": "float32", "device": "cpu"}
