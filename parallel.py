@@ -49,6 +49,7 @@ class Team:
 
     def leave(self):
         if dist.is_initialized():
+            dist.barrier()  # a process that went ahead of the others has been seen to abort while it ended
             dist.destroy_process_group()
 
     # ------------------------------------------------------------------------------------------- the model
