@@ -4,7 +4,8 @@
     python train.py --init llama --weights DIR --train my.jsonl --dev my_dev.jsonl --out my_flag
     python train.py --finetune my.jsonl --out tuned     # no flag: plain fine-tuning in the same loop, see finetune.py
 
-The objective stands in objective.py. An interrupted run goes on where it stopped when the same command is given again.
+The objective stands in objective.py, what is read once and the flag row's start in frozen.py. An interrupted run goes on
+where it stopped when the same command is given again.
 Writes to --out: flag.safetensors, flag.json (settings, threshold, figures), log.jsonl (a line a step).
 """
 import dataclasses
@@ -192,6 +193,21 @@ def make_optimizer(model, config):
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), weight_decay=0.0)
 
 
+def ready(team, examples, config, flag_id, fit):
+    """All records as Layouts that have been read ahead; [] of more than N_KEPT, which are read when they come up. With
+    `fit` the flag's rows get their start from them, or from N_KEPT of them, drawn by seed."""
+    few = len(examples) <= N_KEPT
+    if not (few or fit):
+        return []
+    chosen = range(len(examples)) if few else shuffled(len(examples), config.seed)[:N_KEPT].sort().values.tolist()
+    layouts = read_ahead(team, [layout_of(examples, i, config, flag_id) for i in chosen])
+    if fit:
+        began = time.perf_counter()
+        nll = start_flag_rows(team, layouts, config)
+        say(f"flag row fitted on {len(layouts):,} answers: loss {nll:.3f} nats, {time.perf_counter() - began:.0f} s")
+    return layouts if few else []
+
+
 def train(team, examples, config, flag_id, out):
     """Runs the steps that are left, a log line each, a checkpoint every few. At a rate high enough to learn in so few
     steps f swings up and down as a whole; the mean of the last steps' weights does not."""
@@ -229,21 +245,6 @@ def train(team, examples, config, flag_id, out):
     with torch.no_grad():
         for n, p in parameters.items():
             p.copy_(mean[n])
-
-
-def ready(team, examples, config, flag_id, fit):
-    """All records as Layouts that have been read ahead; [] of more than N_KEPT, which are read when they come up. With
-    `fit` the flag's rows get their start from them, or from N_KEPT of them, drawn by seed."""
-    few = len(examples) <= N_KEPT
-    if not (few or fit):
-        return []
-    chosen = range(len(examples)) if few else shuffled(len(examples), config.seed)[:N_KEPT].sort().values.tolist()
-    layouts = read_ahead(team, [layout_of(examples, i, config, flag_id) for i in chosen])
-    if fit:
-        began = time.perf_counter()
-        nll = start_flag_rows(team, layouts, config)
-        say(f"flag row fitted on {len(layouts):,} answers: loss {nll:.3f} nats, {time.perf_counter() - began:.0f} s")
-    return layouts if few else []
 
 
 def log_step(out, config, r):
