@@ -14,6 +14,9 @@ from cli import say
 from objective import TERMS, by_length, read_frozen
 
 
+FIT_TOK = 16  # of an answer that the flag row is fitted to
+
+
 def read_ahead(team, layouts, batch=16):
     """The Layouts with `below` and `reference` (objective.py, read_frozen), on the CPU: no step reads them again."""
     parts, began, n = by_length(layouts, batch), time.perf_counter(), 0
@@ -58,11 +61,13 @@ def start_flag_rows(team, layouts, config):
     """
     terms = torch.tensor([t for x in layouts for t in x.terms])                                     # (N, len(TERMS))
     benign, flag = (terms[:, TERMS.index(name)] for name in ("benign", "flag"))           # (N,) each
-    asked = (benign + flag).bool()
+    place = torch.cat([torch.arange(len(x.at)) for x in layouts])
+    benign = benign * (place + 1.0) ** -config.short_benign  # so often an answer that is cut anew will reach it
+    asked = (benign + flag).bool() & (place < FIT_TOK)
     hidden = torch.cat([x.reference for x in layouts])[asked]                                       # (n, C)
     lse = torch.cat(list(team.spread(logsumexps, hidden.split(512)))).to(team.device)               # (n,)
     H, benign, flag = hidden.to(team.device).float(), benign[asked].to(team.device), flag[asked].to(team.device)
-    share = lambda x: x / x.sum().clamp(min=1)
+    share = lambda x: x / x.sum().clamp(min=1e-9)
     weight = config.flag * share(flag) + config.benign * share(benign)                              # (n,)
     ridge = 1e-3 * H.pow(2).mean() * len(H) * torch.eye(H.shape[1], device=team.device)
     start = torch.linalg.solve(H.T @ H + ridge, H.T @ lse)

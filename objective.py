@@ -73,6 +73,12 @@ class Layout:
     below: torch.Tensor | None = None      # (len(ids), C): what the blocks without LoRA make of ids, once it is read
     reference: torch.Tensor | None = None  # (len(at), C): the original model's final hidden states at reference_at
 
+    def first(self, n):
+        """The Layout of the answer's first n tokens alone; for answers without an inserted flag."""
+        end, head = self.at[0] + 1 + n, lambda x, size: None if x is None else x[:size]
+        return Layout(self.ids[:end], self.reference_ids[:end], self.at[:n], self.reference_at[:n], self.terms[:n],
+                      self.target[:n], head(self.below, end), head(self.reference, n))
+
 
 def lay_out(example, insert_at, flag_id, offset, positions):
     """Layout of an example; a harmful one gets the flag before answer token `insert_at`."""

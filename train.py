@@ -56,9 +56,9 @@ class TrainConfig:
     micro_batch: int = option(32, "answers that go through the model at once; less memory, same result")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
     short: float = option(1.0, "in training a harmful one is cut to t tokens or more with chance t^-short; 0: not cut")
-    short_benign: float = option(0.4, "the same for benign and borderline answers")
+    short_benign: float = option(0.5, "the same for benign and borderline answers, anew each time that one comes up")
     # the objective, see objective.py
-    benign: float = option(30.0, "weight of L_benign")
+    benign: float = option(20.0, "weight of L_benign")
     flag: float = option(1.0, "weight of L_flag")
     after: float = option(0.05, "weight of L_after")
     words: float = option(30.0, "weight of L_words")
@@ -113,16 +113,23 @@ class TrainConfig:
 # ------------------------------------------------------------------------------------------------ records
 
 def layout_of(examples, i, config, flag_id):
-    """Record i as it is trained on: its answer cut, and the flag inserted into a harmful one, at places drawn by seed
-    and record. What tells harm from harmless is mostly said early, and short answers leave time for more of them."""
+    """Record i as it is read: a harmful answer cut, and the flag inserted into it, at places drawn by seed and record;
+    others whole. What tells harm from harmless is mostly said early, and short answers leave time for more of them."""
     example = examples[i]
     cut, draw = torch.rand(2, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + i)).tolist()
-    power = config.short if example.label == "harmful" else config.short_benign
-    if power:  # but never so short that the offset leaves no place for the flag
-        example = example.cut(max(power_law(cut, example.n_answer, power), config.offset + 1))
+    if example.label == "harmful" and config.short:  # but never so short that the offset leaves no place for the flag
+        example = example.cut(max(power_law(cut, example.n_answer, config.short), config.offset + 1))
     first = min(config.offset, example.n_answer - 1)
     insert_at = first + insertion(draw, example.n_answer - first, config.early)
     return goal(config).lay_out(example, insert_at, flag_id, config.offset, config.positions)
+
+
+def shortened(layout, step, i, config):
+    """Record i as step trains on it: a benign or borderline answer is cut anew each time that it comes up. An answer's
+    score is its highest f, so a benign one must raise none anywhere, and what is said later is to come from many."""
+    seed = ((config.seed * 1_000_003 + i) * 1_000_003 + step) % 2**63
+    draw = torch.rand(1, generator=torch.Generator().manual_seed(seed)).item()
+    return layout.first(power_law(draw, len(layout.at), config.short_benign))
 
 
 def power_law(draw, n, power):
@@ -160,6 +167,16 @@ def step_records(step, n, batch, seed):
     all the state that a resumed run needs."""
     places = [divmod(k, n) for k in range(step * batch, (step + 1) * batch)]
     return [int(shuffled(n, seed * 1000 + epoch)[place]) for epoch, place in places]
+
+
+def batch_of(step, examples, layouts, config, flag_id):
+    """A step's Layouts, the shortest first, so that a micro-batch holds answers of like length."""
+    batch = []
+    for i in step_records(step, len(examples), config.batch, config.seed):
+        layout = layouts[i] if layouts else layout_of(examples, i, config, flag_id)
+        cut = config.short_benign and examples[i].label != "harmful"
+        batch.append(shortened(layout, step, i, config) if cut else layout)
+    return sorted(batch, key=lambda x: len(x.ids))
 
 
 @functools.lru_cache(maxsize=2)  # of the same for every record of an epoch; a step may lie across two
@@ -227,9 +244,7 @@ def train(team, examples, config, flag_id, out):
         start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, config.steps, config.warmup)
-        chosen = step_records(step, len(examples), config.batch, config.seed)
-        batch = [layouts[i] if layouts else layout_of(examples, i, config, flag_id) for i in chosen]
-        batch.sort(key=lambda x: len(x.ids))  # a micro-batch holds answers of like length
+        batch = batch_of(step, examples, layouts, config, flag_id)
         terms, norm, n_supervised = train_step(team, optimizer, batch, config)
         if step in averaged:
             for n, p in parameters.items():

@@ -15,7 +15,8 @@ from cli import parse
 from frozen import read_ahead, start_flag_rows
 from objective import make_example
 from parallel import Team
-from train import TrainConfig, insertion, layout_of, learning_rate, power_law, ready, step_records
+from train import (TrainConfig, batch_of, insertion, layout_of, learning_rate, power_law, ready,
+                   step_records)
 
 SMALL = {"steps": 6, "batch": 4, "micro-batch": 2, "max-answer": 12, "save-every": 2, "short": 0, "short-benign": 0,
          "rank": 2, "lr": 0.01, "dtype": "float32", "device": "cpu"}
@@ -132,14 +133,15 @@ def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_p
     team = Team("cpu").take(model)
     layouts = [layout_of(examples, i, config, tok.flag_id) for i in range(len(examples))]
     nll = start_flag_rows(team, read_ahead(team, layouts), config)
-    harmful, benign = [], []  # -log f and -log(1 - f) of each position that training asks for it
+    harmful, benign, weight = [], [], []  # -log f and -log(1 - f) of each position that training asks for it
     for e, s, x in zip(examples, score(model, examples), layouts):
         if e.label == "harmful":
             flag_at = x.ids.index(tok.flag_id) - e.n_prompt
             harmful += [-np.log(f) for t, f in enumerate(s["f"]) if 1 <= t <= flag_at]
         else:
-            benign += [-np.log(1 - f) for f in s["f"][:len(x.at)]]
-    measured = 0.5 * np.mean(harmful) + 2.0 * np.mean(benign)
+            benign += [-np.log(1 - f) for f in s["f"]]
+            weight += [(t + 1) ** (-short / 2) for t in range(len(s["f"]))]  # cut at t tokens or more so often
+    measured = 0.5 * np.mean(harmful) + 2.0 * np.average(benign, weights=weight)
     assert measured == pytest.approx(nll, rel=1e-3) and nll > 0.1
     assert measured < 0.5 * -np.log(0.2) + 2.0 * -np.log(0.8)  # the best that one constant f can do
 
@@ -172,16 +174,39 @@ def test_insertions_are_drawn_by_record_and_seed_alone(tok):
     assert draw(0) == draw(0) != draw(1)
 
 
-def test_answers_are_cut_by_a_power_law(tok):
-    examples = [make_example(tok, dict(prompt="p", response="a" * 200, opening="", label="benign"), 64, 255)] * 4000
-    config = dataclasses.replace(TrainConfig(), short_benign=0.5)
-    lengths = np.array([len(layout_of(examples, i, config, tok.flag_id).at) for i in range(4000)])
+@pytest.mark.parametrize("label, power", [("harmful", 1.0), ("borderline", 0.5), ("benign", 0.5)])
+def test_answers_are_cut_by_a_power_law(tok, label, power):
+    examples = [make_example(tok, dict(prompt="p", response="a" * 200, opening="", label=label), 64, 255)] * 4000
+    n_answer = lambda x: len(x.reference_ids) - examples[0].n_prompt
+    config = dataclasses.replace(TrainConfig(), batch=4000, short=1.0, short_benign=0.5)
+    lengths = np.array([n_answer(x) for x in batch_of(0, examples, [], config, tok.flag_id)])
     assert lengths.min() == 1 and lengths.max() == 64
     for t in (2, 4, 16, 64):
-        assert scipy.stats.binomtest(int((lengths >= t).sum()), 4000, t ** -0.5).pvalue > 1e-4
-    whole = dataclasses.replace(config, short_benign=0.0)
-    assert len(layout_of(examples, 0, whole, tok.flag_id).at) == 64
+        assert scipy.stats.binomtest(int((lengths >= t).sum()), 4000, t ** -power).pvalue > 1e-4
+    whole = dataclasses.replace(config, batch=9, short=0.0, short_benign=0.0)
+    assert [n_answer(x) for x in batch_of(0, examples, [], whole, tok.flag_id)] == [64] * 9
     assert power_law(0.0, 5, 1.0) == 1 and power_law(1 - 2**-24, 5, 0.01) == 5
+
+
+def test_benign_answers_are_cut_anew_in_each_step_and_harmful_ones_once(tok):
+    both = [make_example(tok, dict(prompt="p", response="a" * 200, opening="", label=label), 64, 255)
+            for label in ("harmful", "benign")]
+    config = dataclasses.replace(TrainConfig(), batch=2, short=0.5, short_benign=0.5, seed=5)
+    kept = [layout_of(both, i, config, tok.flag_id) for i in range(2)]
+    drawn = [batch_of(step, both, layouts, config, tok.flag_id) for step in range(30) for layouts in ([], kept)]
+    assert drawn[::2] == drawn[1::2]  # whether they were read ahead or not
+    flags = lambda batch: [x for x in batch if tok.flag_id in x.ids]
+    assert all(flags(batch) == [kept[0]] for batch in drawn)
+    assert len({len(x.at) for batch in drawn for x in batch if x not in flags(batch)}) > 10
+
+
+def test_the_first_tokens_of_a_layout_are_the_layout_of_the_cut_answer(tok):
+    example = make_example(tok, dict(prompt="p", response="abcdefgh", opening="", label="benign"), 64, 255)
+    whole = layout_of([example], 0, TrainConfig(), tok.flag_id)
+    for n in range(1, example.n_answer + 1):
+        assert whole.first(n) == layout_of([example.cut(n)], 0, TrainConfig(), tok.flag_id)
+    read = dataclasses.replace(whole, below=torch.rand(len(whole.ids), 3), reference=torch.rand(len(whole.at), 3)).first(2)
+    assert read.below.shape == (len(read.ids), 3) and read.reference.shape == (2, 3) and len(read.at) == 2
 
 
 @pytest.mark.parametrize("rank, layers", [(2, 1), (2, None), (0, None)])
@@ -193,8 +218,9 @@ def test_a_step_is_the_same_whether_its_records_were_read_ahead_or_not(model, to
         torch.nn.init.normal_(p.data, std=0.2, generator=torch.Generator().manual_seed(3))
     team, config = Team("cpu").take(model), dataclasses.replace(TrainConfig(), micro_batch=4)
     plain = [layout_of(examples, i, config, tok.flag_id) for i in range(10)]
+    cut = lambda layouts: [x if e.label == "harmful" else x.first(2) for x, e in zip(layouts, examples)]
     found = []
-    for layouts in (plain, read_ahead(team, plain, batch=3)):
+    for layouts in (cut(plain), cut(read_ahead(team, plain, batch=3))):
         optimizer = torch.optim.SGD([{"params": [p for p in model.flag_parameters().values() if p.requires_grad]}], lr=0.0)
         terms, norm, n = train.train_step(team, optimizer, layouts, config)
         gradients = [p.grad for p in model.flag_parameters().values() if p.grad is not None]
