@@ -238,7 +238,8 @@ def test_of_many_records_some_are_read_for_the_start_and_the_others_when_they_co
     monkeypatch.setattr("train.N_KEPT", 12)
     kept = load_file(command("plain_few", **{"no-fit": True}, steps=3) / "flag.safetensors")
     for n in kept:
-        torch.testing.assert_close(as_they_come[n], kept[n], rtol=1e-3, atol=1e-5)
+        # three steps move a weight by up to 0.02; Adam makes much of rounding where a gradient is near zero
+        torch.testing.assert_close(as_they_come[n], kept[n], rtol=1e-3, atol=5e-4)
 
 
 def test_the_start_is_fitted_on_all_records_or_on_some_drawn_by_seed(model, tok, monkeypatch):
