@@ -1,6 +1,6 @@
 """Trains the red flag into a Llama: rows for the flag, LoRA, three terms, a calibrated threshold.
 
-    python train.py --init llama                 # SmolLM2-135M-Instruct on data/mini, about 12 minutes on 2 CPU cores
+    python train.py --init llama                 # SmolLM2-135M-Instruct on data/mini, about 13 minutes on 2 CPU cores
     python train.py --init llama --weights DIR --train my.jsonl --dev my_dev.jsonl --out my_flag
     python train.py --finetune my.jsonl --out tuned     # no flag: plain fine-tuning in the same loop, see finetune.py
 
@@ -33,7 +33,7 @@ from parallel import Team
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
-# Records whose hidden states are kept, at most, in memory: 10,000 take 0.7 GB of the default model. Of more records as
+# Records whose hidden states are kept, at most, in memory: 10,000 take 1.3 GB of the default model. Of more records as
 # many are read for the flag row's start, and then each step reads its own: they hardly come up twice.
 N_KEPT = 10_000
 
