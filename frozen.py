@@ -1,7 +1,7 @@
 """What training never changes, read once: the blocks below LoRA, and the original model's hidden states; and the start
 of the flag's rows, which is fitted to them.
 
-With LoRA in the upper 12 of 30 blocks that is 45% of a step's work, and every record comes up twice.
+With LoRA in the upper 12 of 30 blocks that is 45% of a step's work, and records come up once or twice.
 """
 import dataclasses
 import time
@@ -14,7 +14,7 @@ from cli import say
 from objective import TERMS, by_length, read_frozen
 
 
-FIT_TOK = 16  # of an answer that the flag row is fitted to
+FIT_TOK = 16  # so many tokens of an answer, from the offset on, the flag row is fitted to
 
 
 def read_ahead(team, layouts, batch=16):
@@ -63,7 +63,7 @@ def start_flag_rows(team, layouts, config):
     benign, flag = (terms[:, TERMS.index(name)] for name in ("benign", "flag"))           # (N,) each
     place = torch.cat([torch.arange(len(x.at)) for x in layouts])
     benign = benign * (place + 1.0) ** -config.short_benign  # so often an answer that is cut anew will reach it
-    asked = (benign + flag).bool() & (place < FIT_TOK)
+    asked = (benign + flag).bool() & (place < config.offset + FIT_TOK)
     hidden = torch.cat([x.reference for x in layouts])[asked]                                       # (n, C)
     lse = torch.cat(list(team.spread(logsumexps, hidden.split(512)))).to(team.device)               # (n,)
     H, benign, flag = hidden.to(team.device).float(), benign[asked].to(team.device), flag[asked].to(team.device)

@@ -55,7 +55,7 @@ def make_example(tok, record, max_answer, context):
     ids, mask = tok.render(messages + [{"role": "assistant", "content": record["response"]}])
     end = len(mask) - mask[::-1].index(True)        # behind the last answer's end-of-turn token
     n_prompt = len(mask) - mask[:end][::-1].index(False) - (len(mask) - end)
-    if n_prompt >= context:
+    if n_prompt >= context - 1:
         raise ValueError(f"a prompt has {n_prompt} tokens, and the model's context holds {context}: {str(prompt):.60}")
     end = min(end, n_prompt + max_answer, context - 1)
     return Example(ids[:end], n_prompt, record["label"], bool(record["opening"]))
@@ -75,6 +75,7 @@ class Layout:
 
     def first(self, n):
         """The Layout of the answer's first n tokens alone; for answers without an inserted flag."""
+        # at[0] is the prompt's last position
         end, head = self.at[0] + 1 + n, lambda x, size: None if x is None else x[:size]
         return Layout(self.ids[:end], self.reference_ids[:end], self.at[:n], self.reference_at[:n], self.terms[:n],
                       self.target[:n], head(self.below, end), head(self.reference, n))

@@ -34,7 +34,7 @@ from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 # Records whose hidden states are kept, at most, in memory: 10,000 take 1.3 GB of the default model. Of more records as
-# many are read for the flag row's start, and then each step reads its own: they hardly come up twice.
+# many are read for the flag row's start, and then each step reads its own: most come up once.
 N_KEPT = 10_000
 
 
@@ -56,15 +56,17 @@ class TrainConfig:
     micro_batch: int = option(32, "answers that go through the model at once; less memory, same result")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
     short: float = option(1.0, "in training a harmful one is cut to t tokens or more with chance t^-short; 0: not cut")
-    short_benign: float = option(0.5, "the same for benign and borderline answers, anew each time that one comes up")
+    short_benign: float = option(0.5, "the same for benign and borderline answers, anew in each step")
     # the objective, see objective.py
     benign: float = option(20.0, "weight of L_benign")
     flag: float = option(1.0, "weight of L_flag")
     after: float = option(0.05, "weight of L_after")
     words: float = option(30.0, "weight of L_words")
-    early: float = option(3.0, "the flag's insertion comes behind answer token t with chance (t + 1)^-early; 0: anywhere")
+    early: float = option(3.0, "the flag goes before token t of the (cut) answer, counted from the offset as 0, or "
+                               "later with chance (t + 1)^-early; 0: anywhere in it")
     positions: str = option("all", "flag targets: all from the offset to the insertion, or one, at the insertion")
-    offset: int = option(0, "first answer position that may be asked for the flag (k): evidence seen before it")
+    offset: int = option(0, "first answer position that may be asked for the flag (k): evidence seen before it; of an "
+                            "answer of k tokens or fewer the last")
     after_loss: str = option("kl", "kl to the original model behind the flag, or ce on the answer's own words")
     # the adapter
     rank: int = option(16, "of LoRA; 0 trains the unembedding row alone, a linear probe")
@@ -101,6 +103,8 @@ class TrainConfig:
             problems.append("--rank is 0, wanted 1 or more with --finetune: LoRA is what trains")
         if self.adapter and not self.finetune:
             problems.append("--adapter is for --finetune alone; the adapter of this training goes to --out")
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"--seed is {self.seed}, wanted from 0 to 2^32 - 1")
         if not 0 <= self.average <= 1:
             problems.append(f"--average is {self.average}, wanted from 0 to 1")
         if not 0 < self.fpr < 1:
@@ -113,8 +117,9 @@ class TrainConfig:
 # ------------------------------------------------------------------------------------------------ records
 
 def layout_of(examples, i, config, flag_id):
-    """Record i as it is read: a harmful answer cut, and the flag inserted into it, at places drawn by seed and record;
-    others whole. What tells harm from harmless is mostly said early, and short answers leave time for more of them."""
+    """Record i as it is laid out, once for the whole run: a harmful answer cut (--short), and the flag inserted into it,
+    at places drawn by seed and record; others whole. What tells harm from harmless is mostly said early, and a run that
+    reads short answers has time for more of them."""
     example = examples[i]
     cut, draw = torch.rand(2, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + i)).tolist()
     if example.label == "harmful" and config.short:  # but never so short that the offset leaves no place for the flag
@@ -125,8 +130,9 @@ def layout_of(examples, i, config, flag_id):
 
 
 def shortened(layout, step, i, config):
-    """Record i as step trains on it: a benign or borderline answer is cut anew each time that it comes up. An answer's
-    score is its highest f, so a benign one must raise none anywhere, and what is said later is to come from many."""
+    """Record i as `step` trains on it, if it is benign or borderline: cut anew in each step. An answer's score is its
+    highest f, so these must raise none anywhere; late positions, which few cuts reach, come from other records in each
+    epoch. (A harmful answer's states have the flag read into them, so it keeps its one cut.)"""
     seed = ((config.seed * 1_000_003 + i) * 1_000_003 + step) % 2**63
     draw = torch.rand(1, generator=torch.Generator().manual_seed(seed)).item()
     return layout.first(power_law(draw, len(layout.at), config.short_benign))
@@ -163,14 +169,14 @@ def learning_rate(step, steps, warmup):
 
 
 def step_records(step, n, batch, seed):
-    """Which of n records a step trains on. Order, cuts and insertions depend on seed, step and record alone: that is
-    all the state that a resumed run needs."""
+    """Which of n records a step trains on. Order, cuts and insertions depend on seed, step and record alone, so a
+    checkpoint need not hold any of them."""
     places = [divmod(k, n) for k in range(step * batch, (step + 1) * batch)]
     return [int(shuffled(n, seed * 1000 + epoch)[place]) for epoch, place in places]
 
 
 def batch_of(step, examples, layouts, config, flag_id):
-    """A step's Layouts, the shortest first, so that a micro-batch holds answers of like length."""
+    """A step's Layouts, the shortest first: packed.py attends rows of like length side by side."""
     batch = []
     for i in step_records(step, len(examples), config.batch, config.seed):
         layout = layouts[i] if layouts else layout_of(examples, i, config, flag_id)
@@ -179,7 +185,7 @@ def batch_of(step, examples, layouts, config, flag_id):
     return sorted(batch, key=lambda x: len(x.ids))
 
 
-@functools.lru_cache(maxsize=2)  # of the same for every record of an epoch; a step may lie across two
+@functools.lru_cache(maxsize=2)  # the order of an epoch; a step may lie across two
 def shuffled(n, seed):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
@@ -233,8 +239,11 @@ def train(team, examples, config, flag_id, out):
     averaged = range(min(config.steps - 1, round(config.steps * (1 - config.average))), config.steps)
     run, state = run_id(config, examples), {"parameters": parameters, "mean": mean}
     save = lambda step: team.save(out / "checkpoint.pt", optimizer, state, step=step, run=run)
+    if config.fresh and team.first:
+        (out / "checkpoint.pt").unlink(missing_ok=True)  # at once: killed before its first step, this run is to come again
     first = 0 if config.fresh else resume(team, out / "checkpoint.pt", optimizer, state, run)
-    layouts = [] if config.finetune else ready(team, examples, config, flag_id, fit=config.fit and first == 0)
+    done = first == config.steps  # killed behind the last step
+    layouts = [] if config.finetune or done else ready(team, examples, config, flag_id, fit=config.fit and first == 0)
     if first == 0:
         save(0)
     if team.first:
@@ -281,11 +290,11 @@ def cut_log(out, n_steps):
 
 
 def run_id(config, examples=None):
-    """What two runs must share for one to go on with the other's checkpoint: all settings that change the result,
-    and the records themselves."""
+    """What two runs must share for one to go on with the other's checkpoint: all settings that change the result
+    (--weights by its name alone, for a hash would read the whole model), and the records themselves."""
     settings = {k: v for k, v in dataclasses.asdict(config).items()
-                if k not in ("out", "fresh", "save_every", "train", "dev", "tokens", "shard", "fpr", "weights",
-                             "device", "finetune", "adapter")}
+                if k not in ("out", "fresh", "save_every", "train", "dev", "tokens", "shard", "fpr", "device",
+                             "finetune", "adapter")}
     adapter = {"adapter": sha256(Path(config.adapter) / "flag.safetensors")} if config.adapter else {}
     return settings | adapter | {"records": sha256(config.finetune) if config.finetune else examples.digest}
 

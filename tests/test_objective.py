@@ -54,6 +54,15 @@ def test_an_answer_shorter_than_the_offset_still_gets_a_flag():
     assert x.ids == [10, 11, RF, 20] and named(x) == [(FLAG, WORDS), (AFTER,)]
 
 
+def test_a_prompt_that_leaves_no_room_for_a_word_is_an_error(tok):
+    record = dict(prompt="p" * 20, response="answer", opening="", label="benign")
+    n = make_example(tok, record, 64, 255).n_prompt
+    assert make_example(tok, record, 64, n + 2).n_answer == 1
+    for context in (n, n + 1):
+        with pytest.raises(ValueError, match=f"{n} tokens.*holds {context}"):
+            make_example(tok, record, 64, context)
+
+
 def test_the_example_is_cut_at_the_last_answer(tok):
     record = {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
                          {"role": "user", "content": "c"}], "response": "de", "opening": "d", "label": "benign"}

@@ -1,6 +1,7 @@
 """The training loop and what it reports: resume, thresholds, errors."""
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -83,6 +84,39 @@ def test_an_unfinished_run_of_other_settings_is_not_overwritten(command, monkeyp
     with pytest.raises(ValueError, match="lr.*--fresh"):
         command("out", lr=0.02)
     command("out", lr=0.02, fresh=True)
+
+
+def test_a_run_on_other_weights_does_not_go_on_with_a_checkpoint(command, monkeypatch, tiny, tmp_path):
+    real_step = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        command("out")
+    monkeypatch.setattr(train, "train_step", real_step)
+    shutil.copytree(tiny, tmp_path / "another")
+    with pytest.raises(ValueError, match=r"\(weights\).*--fresh"):
+        command("out", weights=tmp_path / "another")
+
+
+def test_a_fresh_run_that_is_killed_early_does_not_leave_the_old_one_to_go_on(command, monkeypatch, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for name, flags in (("train_step", {}), ("read_ahead", {"fresh": True})):
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr(train, name, interrupt)
+            command("out", **flags)
+        assert (tmp_path / "out" / "checkpoint.pt").exists() == (not flags)
+
+
+def test_a_run_that_was_killed_behind_its_last_step_reads_no_records_again(command, monkeypatch):
+    def never(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(train, "evaluate", never)
+        command("out")
+    monkeypatch.setattr(train, "ready", never)
+    assert (command("out") / "flag.json").exists()
 
 
 def test_a_damaged_checkpoint_is_an_error(command, tmp_path):
@@ -289,13 +323,13 @@ def test_scores_are_those_of_a_plain_forward(flagged, tok):
 # ------------------------------------------------------------------------------------------------ errors
 
 def test_all_bad_settings_are_listed_at_once():
-    argv = ["--steps", "0", "--positions", "some", "--fpr", "1.5", "--clip", "0", "--nonsense", "3"]
+    argv = ["--steps", "0", "--positions", "some", "--fpr", "1.5", "--clip", "0", "--seed", "-1", "--nonsense", "3"]
     with pytest.raises(ValueError) as e:
         parse(TrainConfig, argv)
     assert "--nonsense" in str(e.value)
     with pytest.raises(ValueError) as e:
         parse(TrainConfig, argv[:-2])
-    assert all(word in str(e.value) for word in ("--steps", "--positions", "--fpr", "--clip"))
+    assert all(word in str(e.value) for word in ("--steps", "--positions", "--fpr", "--clip", "--seed"))
 
 
 @pytest.mark.parametrize("change, message", [
