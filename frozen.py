@@ -13,7 +13,6 @@ from checkpoint import fill
 from cli import say
 from objective import TERMS, by_length, read_frozen
 
-
 FIT_TOK = 16  # so many tokens of an answer, from the offset on, the flag row is fitted to
 
 
@@ -51,13 +50,13 @@ def logsumexps(model, hidden):
 
 def start_flag_rows(team, layouts, config):
     """Sets the unembedding rows to a linear probe fitted on frozen hidden states, those of Layouts that have been read
-    ahead; returns its loss, nats.
+    ahead; returns the loss that is fitted, flag x mean -log f + benign x mean -log(1 - f), nats.
 
     The unembedding has no bias: log f/(1-f) = w.h - logsumexp(old logits). With w = 0, or the mean of the old rows,
     that is 23 nats off, and the gradient that repairs it wrecks the words first. But logsumexp is nearly linear in
     h, so w starts as its ridge solution, which makes f about 1/2 everywhere, and is then fitted by L-BFGS to f's
-    targets, weighted as in the training to come. LoRA is left with what a linear probe cannot see, and its first
-    gradients are small.
+    targets at the first FIT_TOK positions, weighted as in the training to come. LoRA is left with what a linear probe
+    cannot see, and its first gradients are small.
     """
     terms = torch.tensor([t for x in layouts for t in x.terms])                                     # (N, len(TERMS))
     benign, flag = (terms[:, TERMS.index(name)] for name in ("benign", "flag"))           # (N,) each

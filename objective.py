@@ -75,8 +75,8 @@ class Layout:
 
     def first(self, n):
         """The Layout of the answer's first n tokens alone; for answers without an inserted flag."""
-        # at[0] is the prompt's last position
-        end, head = self.at[0] + 1 + n, lambda x, size: None if x is None else x[:size]
+        end = self.at[0] + 1 + n  # at[0] is the prompt's last position
+        head = lambda x, size: None if x is None else x[:size]
         return Layout(self.ids[:end], self.reference_ids[:end], self.at[:n], self.reference_at[:n], self.terms[:n],
                       self.target[:n], head(self.below, end), head(self.reference, n))
 

@@ -16,8 +16,7 @@ from cli import parse
 from frozen import read_ahead, start_flag_rows
 from objective import make_example
 from parallel import Team
-from train import (TrainConfig, batch_of, insertion, layout_of, learning_rate, power_law, ready,
-                   step_records)
+from train import TrainConfig, batch_of, insertion, layout_of, learning_rate, power_law, ready, step_records
 
 SMALL = {"steps": 6, "batch": 4, "micro-batch": 2, "max-answer": 12, "save-every": 2, "short": 0, "short-benign": 0,
          "rank": 2, "lr": 0.01, "dtype": "float32", "device": "cpu"}
@@ -154,8 +153,9 @@ def test_it_overfits_a_few_answers_and_leaves_the_words(command, model, tok, aft
     assert evaluate(model, examples, 0.2)["benign_kl"] < 0.1
 
 
-@pytest.mark.parametrize("early, short", [(0.0, 0.0), (2.0, 0.0), (2.0, 0.5)])
-def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_path, early, short):
+@pytest.mark.parametrize("early, short, fit_tok", [(0.0, 0.0, 16), (2.0, 0.0, 16), (2.0, 0.5, 16), (0.0, 0.5, 3)])
+def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_path, monkeypatch, early, short, fit_tok):
+    monkeypatch.setattr("frozen.FIT_TOK", fit_tok)
     path = write_records(tmp_path / "r.jsonl", 20)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     swap = {"harmful": "benign", "benign": "harmful"}  # a few stand there with the other label too: no fit gets to 0
@@ -171,10 +171,10 @@ def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_p
     for e, s, x in zip(examples, score(model, examples), layouts):
         if e.label == "harmful":
             flag_at = x.ids.index(tok.flag_id) - e.n_prompt
-            harmful += [-np.log(f) for t, f in enumerate(s["f"]) if 1 <= t <= flag_at]
+            harmful += [-np.log(f) for t, f in enumerate(s["f"]) if 1 <= t <= flag_at and t < 1 + fit_tok]
         else:
-            benign += [-np.log(1 - f) for f in s["f"]]
-            weight += [(t + 1) ** (-short / 2) for t in range(len(s["f"]))]  # cut at t tokens or more so often
+            benign += [-np.log(1 - f) for f in s["f"][:1 + fit_tok]]
+            weight += [(t + 1) ** (-short / 2) for t in range(len(s["f"][:1 + fit_tok]))]  # so often a cut reaches t
     measured = 0.5 * np.mean(harmful) + 2.0 * np.average(benign, weights=weight)
     assert measured == pytest.approx(nll, rel=1e-3) and nll > 0.1
     assert measured < 0.5 * -np.log(0.2) + 2.0 * -np.log(0.8)  # the best that one constant f can do
