@@ -27,15 +27,15 @@ from calibrate import evaluate, print_table
 from checkpoint import whole
 from cli import first_process, option, parse, run, say
 from data.store import open_store, sha256
-from frozen import read_ahead, start_flag_rows
+from frozen import FIT_TOK, read_ahead, start_flag_rows
 from model import Llama, LlamaConfig
 from parallel import Team
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
-# Records whose hidden states are kept, at most, in memory: 10,000 take 1.3 GB of the default model. Of more records as
+# Records whose hidden states are kept, at most, in memory: 10,000 take 0.9 GB of the default model. Of more records as
 # many are read for the flag row's start, and then each step reads its own: most come up once.
-N_KEPT = 10_000
+N_KEPT = 20_000
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,22 @@ def layout_of(examples, i, config, flag_id):
     return goal(config).lay_out(example, insert_at, flag_id, config.offset, config.positions)
 
 
-def shortened(layout, step, i, config):
-    """Record i as `step` trains on it, if it is benign or borderline: cut anew in each step. An answer's score is its
-    highest f, so these must raise none anywhere; late positions, which few cuts reach, come from other records in each
-    epoch. (A harmful answer's states have the flag read into them, so it keeps its one cut.)"""
+def cut_at(step, i, config):
+    """How many tokens of record i's answer `step` trains on, if it is benign or borderline: cut anew in each step. An
+    answer's score is its highest f, so these must raise none anywhere; late positions, which few cuts reach, come from
+    other records in each epoch. (A harmful answer's states have the flag read into them, so it keeps its one cut.)"""
     seed = ((config.seed * 1_000_003 + i) * 1_000_003 + step) % 2**63
     draw = torch.rand(1, generator=torch.Generator().manual_seed(seed)).item()
-    return layout.first(power_law(draw, len(layout.at), config.short_benign))
+    return power_law(draw, config.max_answer, config.short_benign)
+
+
+def longest_cuts(n, config):
+    """For each of n records the longest of its cuts in all the steps to come, 0 where it comes up in none."""
+    longest = [0] * n
+    for step in range(config.steps):
+        for i in step_records(step, n, config.batch, config.seed):
+            longest[i] = max(longest[i], cut_at(step, i, config))
+    return longest
 
 
 def power_law(draw, n, power):
@@ -181,7 +190,7 @@ def batch_of(step, examples, layouts, config, flag_id):
     for i in step_records(step, len(examples), config.batch, config.seed):
         layout = layouts[i] if layouts else layout_of(examples, i, config, flag_id)
         cut = config.short_benign and examples[i].label != "harmful"
-        batch.append(shortened(layout, step, i, config) if cut else layout)
+        batch.append(layout.first(cut_at(step, i, config)) if cut else layout)
     return sorted(batch, key=lambda x: len(x.ids))
 
 
@@ -223,7 +232,12 @@ def ready(team, examples, config, flag_id, fit):
     if not (few or fit):
         return []
     chosen = range(len(examples)) if few else shuffled(len(examples), config.seed)[:N_KEPT].sort().values.tolist()
-    layouts = read_ahead(team, [layout_of(examples, i, config, flag_id) for i in chosen])
+    layouts = [layout_of(examples, i, config, flag_id) for i in chosen]
+    if config.short_benign:  # what no cut will reach need not be read
+        longest = longest_cuts(len(examples), config) if few else [0] * len(examples)
+        layouts = [x if examples[i].label == "harmful" else x.first(max(longest[i], config.offset + FIT_TOK))
+                   for x, i in zip(layouts, chosen)]
+    layouts = read_ahead(team, layouts)
     if fit:
         began = time.perf_counter()
         nll = start_flag_rows(team, layouts, config)

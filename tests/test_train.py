@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import train
 from calibrate import evaluate, score
 from cli import parse
-from frozen import read_ahead, start_flag_rows
+from frozen import FIT_TOK, read_ahead, start_flag_rows
 from objective import make_example
 from parallel import Team
 from train import TrainConfig, batch_of, insertion, layout_of, learning_rate, power_law, ready, step_records
@@ -274,6 +274,27 @@ def test_of_many_records_some_are_read_for_the_start_and_the_others_when_they_co
     for n in kept:
         # three steps move a weight by up to 0.02; Adam makes much of rounding where a gradient is near zero
         torch.testing.assert_close(as_they_come[n], kept[n], rtol=1e-3, atol=5e-4)
+
+
+def test_no_more_is_read_ahead_than_the_cuts_and_the_fit_will_look_at(model, tok):
+    record = lambda label: dict(prompt="p", response="a" * 200, opening="", label=label)
+    examples = [make_example(tok, record(label), 64, 255) for label in ("harmful", "benign", "borderline") * 20]
+    model.add_flag(rank=2, layers=1)
+    config = dataclasses.replace(TrainConfig(), batch=12, steps=7, seed=2)
+    layouts = ready(Team("cpu").take(model), examples, config, tok.flag_id, fit=False)
+    n_read, longest = [len(x.reference) for x in layouts], [0] * len(examples)
+    for step in range(config.steps):
+        for a, b in zip(*(batch_of(step, examples, known, config, tok.flag_id) for known in (layouts, [])), strict=True):
+            assert (a.ids, a.at, a.terms, a.target) == (b.ids, b.at, b.terms, b.target)
+            assert len(a.reference) == len(a.at) and len(a.below) == len(a.ids)
+        for i in step_records(step, len(examples), config.batch, config.seed):
+            longest[i] = max(longest[i], min(train.cut_at(step, i, config), 64))
+    for e, n, cut in zip(examples, n_read, longest):
+        assert e.label == "harmful" or n == max(cut, FIT_TOK)
+    assert len(set(n_read)) > 6 and min(longest) < FIT_TOK  # some need all, some but what the fit looks at
+    whole = dataclasses.replace(config, short_benign=0.0)
+    kept = ready(Team("cpu").take(model), examples, whole, tok.flag_id, fit=False)
+    assert all(len(x.reference) == 64 for e, x in zip(examples, kept) if e.label != "harmful")
 
 
 def test_the_start_is_fitted_on_all_records_or_on_some_drawn_by_seed(model, tok, monkeypatch):
