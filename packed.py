@@ -17,6 +17,7 @@ from model import attend, visible
 
 
 WORTH = 8  # tokens: less is not shared by two rows alone, for each start costs products of its own
+SIDE_BY_SIDE = 8  # rows of like length that are attended together, all as long as the longest
 ROUND = 64  # N is a multiple: for each size that it meets oneDNN compiles products and keeps them, megabytes of code
 
 
@@ -44,7 +45,9 @@ class Packed:
         spare = -len(self.ids) % ROUND
         self.ids, positions = self.ids + [0] * spare, positions + [0] * spare
         self.at = torch.tensor(positions, device=device)[None]                                      # (1, N)
-        self.groups = [Group(start, members, device) for start, members in segments.items()]
+        self.groups = [Group(start, members[i:i + SIDE_BY_SIDE], device) for start, members in segments.items()
+                       for members in [sorted(members, key=lambda m: len(m[0]))]
+                       for i in range(0, len(members), SIDE_BY_SIDE)]
         self.back = torch.cat([g.own for g in self.groups]).argsort()
         self.back = nn.functional.pad(self.back, (0, spare))                                        # (N,)
 
@@ -59,12 +62,13 @@ class Packed:
         """Attention (1, H, N, D) of q to k, v (1, K, N, D), each token to those before it in its row."""
         D = q.shape[3]
         q, k, v = (x[0].transpose(0, 1).flatten(1) for x in (q, k, v))                              # (N, H D), (N, K D)
-        take = lambda x, where: nn.functional.embedding(where, x).unflatten(-1, (-1, D)).transpose(1, 2)
+        pick = lambda x, where: nn.functional.embedding(where, x)  # its backward is quicker than that of x[where]
+        take = lambda x, where: pick(x, where).unflatten(-1, (-1, D)).transpose(1, 2)
         found = []
         for g in self.groups:
             y = attend(take(q, g.queries), take(k, g.keys), take(v, g.keys), g.mask)                # (B, H, T, D)
-            found.append(y.transpose(1, 2).flatten(0, 1)[g.real])                                   # (n, H, D)
-        return torch.cat(found)[self.back].transpose(0, 1)[None]
+            found.append(pick(y.transpose(1, 2).flatten(0, 1).flatten(1), g.real))                  # (n, H D)
+        return pick(torch.cat(found), self.back).unflatten(-1, (-1, D)).transpose(0, 1)[None]       # (1, H, N, D)
 
 
 class Group:

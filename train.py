@@ -51,12 +51,12 @@ class TrainConfig:
     finetune: str | None = option(None, "instead of all this, fine-tune the words on these records (finetune.py)")
     adapter: str | None = option(None, "with --finetune: a flag adapter that is merged into the model first")
     # how long
-    steps: int = option(450, "optimizer steps")
+    steps: int = option(600, "optimizer steps")
     batch: int = option(32, "answers a step")
     micro_batch: int = option(32, "answers that go through the model at once; less memory, same result")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
     short: float = option(1.0, "in training a harmful one is cut to t tokens or more with chance t^-short; 0: not cut")
-    short_benign: float = option(0.5, "the same for benign and borderline answers, anew in each step")
+    short_benign: float = option(0.25, "the same for benign and borderline answers, anew in each step")
     # the objective, see objective.py
     benign: float = option(20.0, "weight of L_benign")
     flag: float = option(1.0, "weight of L_flag")
@@ -72,7 +72,7 @@ class TrainConfig:
     rank: int = option(16, "of LoRA; 0 trains the unembedding row alone, a linear probe")
     layers: int = option(12, "blocks that carry it, the upper ones; those below run once for both models; 0: all")
     alpha: float = option(32.0, "LoRA is scaled by alpha / rank")
-    lr: float = option(1e-3, "peak learning rate of LoRA")
+    lr: float = option(2e-3, "peak learning rate of LoRA")
     flag_lr: float = option(3e-5, "peak learning rate of the flag's rows, which start fitted")
     warmup: int = option(5, "steps until the peak")
     clip: float = option(1.0, "gradient norm at most")
