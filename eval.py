@@ -37,7 +37,7 @@ from sample import generate
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
-QUICK = ("direct", "opening", "prefill_5", "prefill_25", "role_play", "refusal_suppression", "split_words",
+QUICK = ("direct", "opening", "prefill_5", "prefill_25", "refused", "role_play", "refusal_suppression", "split_words",
          "typed_flag", "system_forbids", "temperature_2", "logit_bias")
 BATCH = 24
 ANSWER_TOK = 64  # of answers that no attack has touched

@@ -64,6 +64,12 @@ def test_a_prefill_longer_than_the_answer_on_hand_is_left_out_until_the_answer_i
     assert plain == longer  # the words are the original model's
 
 
+def test_a_refusal_is_put_into_the_mouth_whatever_the_request_brings(flagged, tok):
+    for request in (REQUEST, REQUEST | {"opening": "", "response": ""}):
+        item = run("refused", flagged, tok, request)
+        assert item == {"prompt": REQUEST["prompt"], "prefill": "I'm sorry, but I can't help with that."}
+
+
 @pytest.mark.parametrize("name, before, after", [("long_start", 0, 50), ("long_middle", 25, 25), ("long_end", 50, 0)])
 def test_a_buried_request_lies_where_it_should_in_as_much_text_as_asked_for(flagged, tok, name, before, after):
     left, right = said(run(name, flagged, tok)).split(REQUEST["prompt"])

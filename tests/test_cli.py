@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import platform
 import re
 import runpy
 import subprocess
@@ -311,3 +312,29 @@ def test_a_bug_of_ours_keeps_its_traceback():
         raise RuntimeError("shape '[2]' is invalid")
     with pytest.raises(RuntimeError):
         run(main)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives large tensors back at once")
+def test_memory_that_is_freed_is_used_again():
+    program = """
+import ctypes, resource, cli
+library = ctypes.CDLL(None)
+library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+library.free.argtypes, library.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+
+def pages():  # that the system had to hand out for 5 x 20 MB, one behind the other
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        place = library.malloc(20_000_000)
+        library.memset(place, 1, 20_000_000)
+        library.free(place)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+KEEP
+pages()
+print(pages())
+"""
+    found = [int(subprocess.run([sys.executable, "-c", program.replace("KEEP", keep)], capture_output=True, text=True,
+                                cwd=ROOT, check=True).stdout) for keep in ("cli.keep_memory()", "")]
+    assert found[0] < 100  # of 24,000
+    assert found[1] >= found[0]
