@@ -109,8 +109,8 @@ def check_text(value, where):
 
 
 def keep_memory():
-    """Has the C library keep what is freed, up to 2 GB, for the next tensors. On Linux every tensor above some MB would
-    else be given back at once and asked for anew, page by page: a third of a training step on a CPU."""
+    """Has the C library keep what is freed, up to 2 GB, for the next tensors. Linux's glibc would give the free end of the
+    heap back and ask for it anew, page by page: a tenth of a training step on a CPU. Above 32 MB a tensor it still does."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h; 32 MB is the most that the latter takes
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(library, "mallopt"):

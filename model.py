@@ -205,12 +205,12 @@ def attend(q, k, v, mask):
     """Attention of q (B, H, T, D) to k, v (B, K, S+T, D); mask None is plainly causal."""
     if q.device.type == "cpu" and torch.is_grad_enabled():
         # on a CPU the fused kernel's backward takes three times as long as that of the formula itself. The query heads
-        # that share a key/value head stand below each other, as longer queries: no copies of k and v
-        (H, T, D), (B, K, S) = q.shape[1:], k.shape[:3]
+        # that share a key/value head stand below each other, as longer queries: k and v are not repeated for them
+        (H, T, D), (B, K, S) = q.shape[1:], k.shape[:3]                             # S: of all keys
         q, k, v = (q / math.sqrt(D)).reshape(B * K, -1, D), k.flatten(0, 1), v.flatten(0, 1)
         scores = (q @ k.transpose(1, 2)).view(B, K, H // K, T, S)
         visible = torch.ones(T, S, dtype=torch.bool).tril() if mask is None else mask[:, :, None]
-        scores += torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
+        scores = scores + torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
         return (scores.softmax(-1).view(B * K, -1, S) @ v).view(B, H, T, D)
     if q.shape[2] == 1:  # the query heads that share a key/value head become its queries: no copies of k and v
         grouped = q.reshape(*k.shape[:2], -1, q.shape[3])                           # (B, K, H/K, D)

@@ -161,7 +161,8 @@ def objective(model, layouts, weights, after="kl"):
     return VocabularyLoss.apply(hidden, model.flag_unembed, reference, model.head_weight, terms, weights, target, after)
 
 
-# Positions whose logits exist at a time: on a CPU so few that they stay near the cache (31 MB for 49k words)
+# Positions whose logits exist at a time: on a CPU so few that both models' (31 MB for 49k words) lie in memory that is
+# kept for the next chunk (cli.py, keep_memory)
 CHUNK = {"cpu": 80}
 CHUNK_ELSEWHERE = 1024
 
@@ -207,8 +208,9 @@ def chunk_terms(hidden, flag_rows, reference, head, terms, weights, target, afte
     log_q, log_p0 = z.log_softmax(-1).chunk(2)                                                      # (n, V) each
     flags = F.linear(hidden.to(wide), flag_rows.to(wide))                                           # (n, F)
     odds = flags.logsumexp(-1) - (z[:n, 0] - log_q[:, 0])                                           # (n,)
+    del z
     p0 = log_p0.exp()
-    kl = (p0[:, None] @ log_p0.sub_(log_q)[:, :, None]).flatten()                                   # (n,)
+    kl = (p0[:, None] @ log_p0.sub_(log_q)[:, :, None]).flatten()       # (n,), as a product: no further (n, V)
     log_f, log_not_f = F.logsigmoid(odds), F.logsigmoid(-odds)
     behind = -log_q.gather(-1, target[:, None])[:, 0] if after == "ce" else kl
     sums = (torch.stack([kl - log_not_f, -log_f, behind - log_not_f, kl], -1) * terms).sum(0)

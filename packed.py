@@ -17,7 +17,7 @@ from model import attend, visible
 
 
 WORTH = 8  # tokens: less is not shared by two rows alone, for each start costs products of its own
-SIDE_BY_SIDE = 8  # rows of like length that are attended together, all as long as the longest
+SIDE_BY_SIDE = 8  # rows of like length attended together: more share their products, fewer waste less on padding
 ROUND = 64  # N is a multiple: for each size that it meets oneDNN compiles products and keeps them, megabytes of code
 
 

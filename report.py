@@ -113,6 +113,7 @@ def detection(results, threshold, tried=()):
     skipped = [a for a in dict.fromkeys(tried) if a not in attacks]
     text += ("\n\nAt 0.1% with fewer than 1,000 benign answers none may cross. Benign answers are cut to the length of the "
              "attacked ones.")
+    text += " refused is no attack: there fewer are better." if "refused" in attacks else ""
     return text + (f" No request lent itself to {', '.join(skipped)}." if skipped else "")
 
 

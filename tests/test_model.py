@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from checkpoint import pick_device, pick_dtype, weights_hash
 from cache import Cache
 from conftest import write_checkpoint
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, attend, visible
 
 V = 272  # words of the tiny checkpoints
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
@@ -376,3 +376,21 @@ def test_a_token_changes_no_logits_before_it(flagged, grad):
     with torch.set_grad_enabled(grad):
         a, b = (flagged.logits(flagged(x)) for x in (ids, changed))
     assert torch.equal(a[:, :7], b[:, :7]) and ((a - b).abs().amax(-1) > 1e-3)[0, 7:].all()
+
+
+@pytest.mark.parametrize("seen", ["causal", "one start", "a start a row"])
+@pytest.mark.parametrize("K", [1, 3, 6])
+def test_attention_with_gradients_is_the_librarys(seen, K):
+    torch.manual_seed(0)
+    B, H, T, D = 2, 6, 5, 4
+    starts = {"causal": None, "one start": [[3]], "a start a row": [[3], [1]]}[seen]
+    mask = None if starts is None else visible(torch.tensor(starts) + torch.arange(T), 3)   # (1 or B, 1, T, S)
+    S = T if mask is None else mask.shape[3]
+    q, k, v = (torch.randn(B, n, m, D, dtype=torch.float64, requires_grad=True) for n, m in ((H, T), (K, S), (K, S)))
+    wide = [x.repeat_interleave(H // K, dim=1) for x in (k, v)]
+    reference = torch.nn.functional.scaled_dot_product_attention(q, *wide, attn_mask=mask, is_causal=mask is None)
+    found = attend(q, k, v, mask)
+    torch.testing.assert_close(found, reference)
+    weights = torch.randn_like(found)
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (found, reference))):
+        torch.testing.assert_close(a, b)

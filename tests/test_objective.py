@@ -273,7 +273,9 @@ def test_packed_rows_hold_what_they_have_in_common_once(rows, worth):
 @pytest.mark.parametrize("rows", [
     [[5, 6, 7, 8, 9], [5, 6, 7, 20], [5, 6, 7, 8, 30, 31, 32]], [[5, 6], [7], [8, 9, 10, 11]], [[5, 6, 7]],
     [[5, 6, 7, RF, 8, 9], [5, 6, 7, 8, 9], [5, 6, 7, 8, 9], [5, 6]]])
-def test_a_common_beginning_is_read_once_with_the_same_states_and_gradients(flagged, rows):
+@pytest.mark.parametrize("side_by_side", [1, 2, 8])
+def test_a_common_beginning_is_read_once_with_the_same_states_and_gradients(flagged, rows, side_by_side, monkeypatch):
+    monkeypatch.setattr("packed.SIDE_BY_SIDE", side_by_side)
     grads = []
     for states in (read(flagged, rows), [flagged(torch.tensor([r]))[0] for r in rows]):
         flagged.zero_grad()
