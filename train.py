@@ -1,6 +1,6 @@
 """Trains the red flag into a Llama: rows for the flag, LoRA, three terms, a calibrated threshold.
 
-    python train.py --init llama                 # SmolLM2-135M-Instruct on data/mini, about 13 minutes on 2 CPU cores
+    python train.py --init llama                 # SmolLM2-135M-Instruct on data/mini, about 14 minutes on 2 CPU cores
     python train.py --init llama --weights DIR --train my.jsonl --dev my_dev.jsonl --out my_flag
     python train.py --finetune my.jsonl --out tuned     # no flag: plain fine-tuning in the same loop, see finetune.py
 
@@ -51,7 +51,7 @@ class TrainConfig:
     finetune: str | None = option(None, "instead of all this, fine-tune the words on these records (finetune.py)")
     adapter: str | None = option(None, "with --finetune: a flag adapter that is merged into the model first")
     # how long
-    steps: int = option(600, "optimizer steps")
+    steps: int = option(500, "optimizer steps")
     batch: int = option(32, "answers a step")
     micro_batch: int = option(32, "answers that go through the model at once; less memory, same result")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
