@@ -216,7 +216,9 @@ class Suffix:
         """(N,) of N suffixes of the same length; what they share with the prompt before them is read once."""
         n, found = len(self.target), []
         for i in range(0, len(suffixes), batch):
-            hidden = torch.stack([h[-n:] for h in read(self.model, self.rows(suffixes[i:i + batch]))])  # (B, n, C)
+            rows = self.rows(suffixes[i:i + batch])
+            last = [range(len(row) - n, len(row)) for row in rows]
+            hidden = torch.stack(read(self.model, rows, last))                                      # (B, n, C)
             found.append(attack_loss(self.model, hidden, self.target, self.adaptive))
         return torch.cat(found)
 

@@ -41,9 +41,9 @@ class LayerProbe:
                 # the model cut off behind the layer, its states taken raw: the same forward, and no work above
                 self.model.layers, self.model.norm = blocks[:self.layer], torch.nn.Identity()
                 for part in by_length(examples, batch):
-                    for i, h in zip(part, read(self.model, [examples[i].ids for i in part])):
-                        at = examples[i].n_prompt - 1
-                        found[i] = h[at:at + min(self.n_positions, examples[i].n_answer)].float().mean(0)
+                    rows, at = zip(*((examples[i].ids, examples[i].at[:self.n_positions]) for i in part))
+                    for i, h in zip(part, read(self.model, rows, at)):
+                        found[i] = h.float().mean(0)
             finally:
                 self.model.layers, self.model.norm = blocks, norm
         return torch.stack(found)

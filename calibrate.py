@@ -8,7 +8,7 @@ from objective import by_length, decompose, flag_prob
 from packed import read, read_both
 
 
-def score(model, examples, batch=16, chunk=512, spread=None):
+def score(model, examples, batch=16, chunk=160, spread=None):
     """For each Example a dict of lists over its answer positions: f, kl_q = KL(pi_0 || q), kl_pi = KL(pi_0 || pi), the
     answer's own words' -log q and -log pi_0 (nll_q, nll_0), and whether both models' likeliest word is the same.
 
@@ -26,9 +26,8 @@ def score(model, examples, batch=16, chunk=512, spread=None):
 @torch.no_grad()
 def score_together(model, examples, chunk):
     """`score` of one batch."""
-    ids, spans = [e.ids for e in examples], [slice(e.n_prompt - 1, len(e.ids) - 1) for e in examples]
-    take = lambda hidden: torch.cat([h[s] for h, s in zip(hidden, spans)]).split(chunk)             # (n, C) each
-    hidden, reference = (take(x) for x in read_both(model, ids, ids))
+    ids, at = [e.ids for e in examples], [e.at for e in examples]
+    hidden, reference = (torch.cat(x).split(chunk) for x in read_both(model, ids, ids, at, at))     # (n, C) each
     target = torch.tensor([t for e in examples for t in e.ids[e.n_prompt:]]).split(chunk)
     results = []
     for h, h0, t in zip(hidden, reference, target):
@@ -45,14 +44,13 @@ def score_together(model, examples, chunk):
 
 
 @torch.no_grad()
-def flag_probs(model, examples, batch=16, chunk=512):
+def flag_probs(model, examples, batch=16, chunk=160):
     """For each Example the list of f over its answer positions: `score`'s f, for half of its work."""
     found = [None] * len(examples)
     for part in by_length(examples, batch):
-        hidden = read(model, [examples[i].ids for i in part])
-        spans = [h[examples[i].n_prompt - 1:len(h) - 1] for i, h in zip(part, hidden)]              # (n, C) each
-        f = torch.cat([flag_prob(*model.split_logits(h)) for h in torch.cat(spans).split(chunk)])
-        for i, x in zip(part, f.split([len(s) for s in spans])):
+        hidden = read(model, [examples[i].ids for i in part], [examples[i].at for i in part])       # (n, C) each
+        f = torch.cat([flag_prob(*model.split_logits(h)) for h in torch.cat(hidden).split(chunk)])
+        for i, x in zip(part, f.split([len(h) for h in hidden])):
             found[i] = x.tolist()
     return found
 

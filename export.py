@@ -227,10 +227,9 @@ def compare(weights, adapter, out, records, force=False, max_answer=64):
     examples = [make_example(tok, r, max_answer, model.config.max_position_embeddings - 1) for r in records]
     moved, varied, before, after = [], [], [], []
     for part in by_length(examples, 16):
-        ids = [examples[i].ids for i in part]
-        for i, *states in zip(part, read(model, ids), read(exported, ids)):
-            span = slice(examples[i].n_prompt - 1, len(examples[i].ids) - 1)
-            (words, flags), (words2, flags2) = (m.split_logits(h[span]) for m, h in zip((model, exported), states))
+        ids, at = [examples[i].ids for i in part], [examples[i].at for i in part]
+        for states in zip(read(model, ids, at), read(exported, ids, at)):
+            (words, flags), (words2, flags2) = (m.split_logits(h) for m, h in zip((model, exported), states))
             f, f2 = flag_prob(words, flags), flag_prob(words2, flags2)                              # (N,)
             q, q2 = words.softmax(-1), words2.softmax(-1)                                           # (N, V), (N, R)
             varied.append((q - q2[:, :q.shape[1]]).abs().sum(-1) / 2 + q2[:, q.shape[1]:].sum(-1) / 2)

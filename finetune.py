@@ -71,15 +71,14 @@ def prepare(model, tok, records, config):
 
 def lay_out(example, *_):
     """Layout of an Example: all of its answer is supervised. (What else train.py passes is about the flag.)"""
-    at = list(range(example.n_prompt - 1, len(example.ids) - 1))
+    at = list(example.at)
     return Layout(example.ids, example.ids, at, at, [[1]] * len(at), example.ids[example.n_prompt:])
 
 
 def supervised(model, layouts):
     """(final hidden states (N, C), the tokens (N,) that they should predict) of all answer positions."""
-    hidden = read(model, [x.ids for x in layouts])
-    target = torch.tensor([t for x in layouts for t in x.target], device=model.inv_freq.device)
-    return torch.cat([h[x.at] for h, x in zip(hidden, layouts)]), target
+    hidden = read(model, [x.ids for x in layouts], [x.at for x in layouts])
+    return torch.cat(hidden), torch.tensor([t for x in layouts for t in x.target], device=model.inv_freq.device)
 
 
 def objective(model, layouts, weights, _=None, chunk=256):

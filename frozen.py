@@ -16,7 +16,7 @@ from objective import TERMS, by_length, read_frozen
 FIT_TOK = 16  # so many tokens of an answer, from the offset on, the flag row is fitted to
 
 
-def read_ahead(team, layouts, batch=16):
+def read_ahead(team, layouts, batch=32):
     """The Layouts with `below` and `reference` (objective.py, read_frozen), on the CPU: no step reads them again."""
     parts, began, n = by_length(layouts, batch), time.perf_counter(), 0
     empty = lambda rows: torch.empty(sum(map(len, rows)), team.model.config.hidden_size, dtype=team.model.dtype)
@@ -30,7 +30,7 @@ def read_ahead(team, layouts, batch=16):
             if b is not None:
                 below[i].copy_(b)
         n += len(part)
-        if n % (50 * batch) == 0:
+        if n % (25 * batch) == 0:
             left = (time.perf_counter() - began) * (len(layouts) / n - 1)
             say(f"read {n:,} of {len(layouts):,} records by the frozen model, {left / 60:.1f} min left")
     return [dataclasses.replace(x, below=b, reference=r) for x, b, r in zip(layouts, below, reference)]
@@ -45,7 +45,8 @@ def frozen_states(model, layouts):
 def logsumexps(model, hidden):
     """The logsumexp (n,) of the original model's logits at final hidden states (n, C). On the CPU."""
     with torch.no_grad(), model.flag_off():
-        return model.logits(hidden.to(model.inv_freq.device)).logsumexp(-1).cpu()
+        words, _ = model.split_logits(hidden.to(model.inv_freq.device))                             # (n, V), fp32
+        return (words[:, 0] - words.log_softmax(-1)[:, 0]).cpu()  # logsumexp itself is slower on a CPU
 
 
 def start_flag_rows(team, layouts, config):
@@ -64,7 +65,7 @@ def start_flag_rows(team, layouts, config):
     benign = benign * (place + 1.0) ** -config.short_benign  # so often an answer that is cut anew will reach it
     asked = (benign + flag).bool() & (place < config.offset + FIT_TOK)
     hidden = torch.cat([x.reference for x in layouts])[asked]                                       # (n, C)
-    lse = torch.cat(list(team.spread(logsumexps, hidden.split(512)))).to(team.device)               # (n,)
+    lse = torch.cat(list(team.spread(logsumexps, hidden.split(160)))).to(team.device)               # (n,)
     H, benign, flag = hidden.to(team.device).float(), benign[asked].to(team.device), flag[asked].to(team.device)
     share = lambda x: x / x.sum().clamp(min=1e-9)
     weight = config.flag * share(flag) + config.benign * share(benign)                              # (n,)

@@ -201,19 +201,20 @@ def visible(positions, longest):
     return torch.arange(longest + positions.shape[1], device=positions.device) <= positions[:, None, :, None]
 
 
-def attend(q, k, v, mask):
-    """Attention of q (B, H, T, D) to k, v (B, K, S+T, D); mask None is plainly causal."""
-    if q.device.type == "cpu" and torch.is_grad_enabled():
-        # on a CPU the fused kernel's backward takes three times as long as that of the formula itself. The query heads
-        # that share a key/value head stand below each other, as longer queries: k and v are not repeated for them
-        (H, T, D), (B, K, S) = q.shape[1:], k.shape[:3]                             # S: of all keys
+def attend(q, k, v, mask, plainly=False):
+    """Attention of q (B, H, T, D) to k, v (B, K, S+T, D); mask None is plainly causal. On a CPU `plainly` asks for the
+    formula in place of the fused kernel, which short rows need half as long; scores are rounded to q's dtype then."""
+    (H, T, D), (B, K, S) = q.shape[1:], k.shape[:3]                                 # S: of all keys
+    if q.device.type == "cpu" and (torch.is_grad_enabled() or plainly and T * S <= 2**20):
+        # the fused kernel's backward takes three times as long as that of the formula. The query heads that share a
+        # key/value head stand below each other, as longer queries: k and v are not repeated for them
         q, k, v = (q / math.sqrt(D)).reshape(B * K, -1, D), k.flatten(0, 1), v.flatten(0, 1)
         scores = (q @ k.transpose(1, 2)).view(B, K, H // K, T, S)
         visible = torch.ones(T, S, dtype=torch.bool).tril() if mask is None else mask[:, :, None]
         scores = scores + torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
         return (scores.softmax(-1).view(B * K, -1, S) @ v).view(B, H, T, D)
-    if q.shape[2] == 1:  # the query heads that share a key/value head become its queries: no copies of k and v
-        grouped = q.reshape(*k.shape[:2], -1, q.shape[3])                           # (B, K, H/K, D)
+    if T == 1:  # the same, for one new token a row
+        grouped = q.reshape(B, K, -1, D)                                            # (B, K, H/K, D)
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
@@ -253,8 +254,10 @@ class Block(nn.Module):
         self.input_layernorm, self.self_attn = RMSNorm(c.hidden_size, c.rms_norm_eps), Attention(c)
         self.post_attention_layernorm, self.mlp = RMSNorm(c.hidden_size, c.rms_norm_eps), MLP(c)
 
-    def forward(self, x, *attention_args):
-        x = x + self.self_attn(self.input_layernorm(x), *attention_args)
+    def forward(self, x, cos, sin, mask, cache, layer, keep=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+        if keep is not None:  # no block above looks at the other places
+            x = x.index_select(1, keep)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -297,10 +300,11 @@ class Llama(nn.Module):
         load_weights(model, path)
         return model.eval()
 
-    def forward(self, ids, cache=None, first=0, last=None):
+    def forward(self, ids, cache=None, first=0, last=None, keep=None):
         """Final hidden states (B, T, C) of ids (B, T), or of embeddings (B, T, C) in their place; with a cache, they
         continue what it holds. With first and last only the blocks first .. last - 1 run: what goes in is what block
-        first - 1 gave, and the norm is left out unless last is None."""
+        first - 1 gave, and the norm is left out unless last is None. `keep` (n,) asks for the final states of these of
+        the T places alone, (B, n, C): the last block's MLP, three quarters of it, is spared the others."""
         n_new, device = ids.shape[1], ids.device
         positions = torch.arange(n_new, device=device)[None] if cache is None else cache.positions(n_new)
         angles = (positions[..., None].float() * self.inv_freq)[:, None].repeat(1, 1, 1, 2)  # (B, 1, T, D)
@@ -309,14 +313,16 @@ class Llama(nn.Module):
         mask = None  # a fresh sequence is plainly causal
         if cache is not None and cache.longest:
             mask = visible(positions, cache.longest)                                # (B, 1, T, S+T)
-        whole = last is None
-        for i in range(first, len(self.layers) if whole else last):
+        blocks = range(first, len(self.layers) if last is None else last)
+        for i in blocks:
+            args = x, cos, sin, mask, cache, i, keep if i == len(self.layers) - 1 else None
             again = self.recompute and torch.is_grad_enabled()
-            x = (checkpoint(self.layers[i], x, cos, sin, mask, cache, i, use_reentrant=False) if again
-                 else self.layers[i](x, cos, sin, mask, cache, i))
+            x = checkpoint(self.layers[i], *args, use_reentrant=False) if again else self.layers[i](*args)
+        if keep is not None and not blocks:
+            x = x.index_select(1, keep)
         if cache is not None:
             cache.advance(n_new)
-        return self.norm(x) if whole else x
+        return self.norm(x) if last is None else x
 
     def embed(self, ids):
         words = self.embed_tokens.weight

@@ -42,6 +42,11 @@ class Example:
     def n_answer(self):
         return len(self.ids) - self.n_prompt
 
+    @property
+    def at(self):
+        """The positions that predict the answer's tokens."""
+        return range(self.n_prompt - 1, len(self.ids) - 1)
+
     def cut(self, n_answer):
         """The example with at most n_answer tokens of its answer."""
         return replace(self, ids=self.ids[:self.n_prompt + n_answer])
@@ -138,8 +143,8 @@ def read_frozen(model, layouts):
     rows, references = [x.ids for x in layouts], [x.reference_ids for x in layouts]
     below = read_below(model, rows + references)
     with model.flag_off():
-        hidden = go_on(model, references, below[len(rows):])
-    return [replace(x, below=b, reference=h[x.reference_at]) for x, b, h in zip(layouts, below, hidden)]
+        reference = go_on(model, references, below[len(rows):], [x.reference_at for x in layouts])
+    return [replace(x, below=b, reference=r) for x, b, r in zip(layouts, below, reference)]
 
 
 def objective(model, layouts, weights, after="kl"):
@@ -153,8 +158,8 @@ def objective(model, layouts, weights, after="kl"):
     device = model.embed_tokens.weight.device
     if layouts[0].reference is None:
         layouts = read_frozen(model, layouts)
-    hidden = go_on(model, [x.ids for x in layouts], [x.below for x in layouts])
-    hidden = torch.cat([h[x.at] for h, x in zip(hidden, layouts)])                                  # (N, C)
+    hidden = go_on(model, [x.ids for x in layouts], [x.below for x in layouts], [x.at for x in layouts])
+    hidden = torch.cat(hidden)                                                                      # (N, C)
     reference = torch.cat([x.reference for x in layouts]).to(device)                                # (N, C)
     terms = torch.tensor([t for x in layouts for t in x.terms], device=device)                      # (N, len(TERMS))
     target = torch.tensor([t for x in layouts for t in x.target], device=device)                    # (N,)

@@ -66,7 +66,7 @@ class Packed:
         take = lambda x, where: pick(x, where).unflatten(-1, (-1, D)).transpose(1, 2)
         found = []
         for g in self.groups:
-            y = attend(take(q, g.queries), take(k, g.keys), take(v, g.keys), g.mask)                # (B, H, T, D)
+            y = attend(take(q, g.queries), take(k, g.keys), take(v, g.keys), g.mask, plainly=True)  # (B, H, T, D)
             found.append(pick(y.transpose(1, 2).flatten(0, 1).flatten(1), g.real))                  # (n, H D)
         return pick(torch.cat(found), self.back).unflatten(-1, (-1, D)).transpose(0, 1)[None]       # (1, H, N, D)
 
@@ -85,11 +85,18 @@ class Group:
         self.real = tensor([b * T + t for b, (new, _) in enumerate(members) for t in range(len(new))])
 
 
-def read(model, rows):
-    """Final hidden states of rows (lists of ids): a list of (len, C)."""
+def read(model, rows, at):
+    """Final hidden states of rows (lists of ids) at positions at[i] of row i, a list of (len(at[i]), C)."""
     packed = Packed(rows, model.inv_freq.device)
-    hidden = model(torch.tensor([packed.ids], device=packed.at.device), packed)[0]                  # (N, C)
-    return [hidden[path] for path in packed.paths]
+    return final_states(model, torch.tensor([packed.ids], device=packed.at.device), packed, at)
+
+
+def final_states(model, x, packed, at, first=0):
+    """`read`, from what goes into block `first` at all places of a Packed: x, (1, N, C), or ids."""
+    places = [path[j] for path, positions in zip(packed.paths, at) for j in positions]
+    keep = torch.tensor(places + [0] * (-len(places) % ROUND), device=packed.at.device)
+    hidden = model(x, packed, first=first, keep=keep)[0]                                            # (n, C)
+    return hidden[:len(places)].split([len(positions) for positions in at])
 
 
 def read_below(model, rows):
@@ -102,23 +109,22 @@ def read_below(model, rows):
     return [below[path] for path in packed.paths]
 
 
-def go_on(model, rows, below):
-    """`read` of rows of which `read_below` has been read: their final hidden states, a list of (len, C)."""
+def go_on(model, rows, below, at):
+    """`read` of rows of which `read_below` has been read."""
     if below[0] is None:
-        return read(model, rows)
+        return read(model, rows, at)
     packed = Packed(rows, model.inv_freq.device)
     states = torch.zeros(len(packed.ids), below[0].shape[1], dtype=below[0].dtype, device=below[0].device)
     for path, row in zip(packed.paths, below):
         states[path] = row
-    hidden = model(states.to(packed.at.device)[None], packed, first=model.n_frozen)[0]              # (N, C)
-    return [hidden[path] for path in packed.paths]
+    return final_states(model, states.to(packed.at.device)[None], packed, at, model.n_frozen)
 
 
-def read_both(model, rows, reference_rows):
-    """(final hidden states of the rows, of the reference rows by the original model), lists as of `read`. The blocks
-    below LoRA give both models the same, so they read what both see but once."""
+def read_both(model, rows, reference_rows, at, reference_at):
+    """(`read` of the rows, `read` of the reference rows by the original model). The blocks below LoRA give both models
+    the same, so they read what both see but once."""
     with torch.no_grad():
         below = read_below(model, rows + reference_rows)
         with model.flag_off():
-            reference = go_on(model, reference_rows, below[len(rows):])
-    return go_on(model, rows, below[:len(rows)]), reference
+            reference = go_on(model, reference_rows, below[len(rows):], reference_at)
+    return go_on(model, rows, below[:len(rows)], at), reference

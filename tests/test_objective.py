@@ -216,11 +216,11 @@ def test_blocks_without_lora_are_read_once_for_both_models(model, layers, rank):
     weights, batch = torch.tensor([0.3, 0.7, 0.2, 0.5]), layouts()
     rows, references = [x.ids for x in batch], [x.reference_ids for x in batch]
     with torch.no_grad():
-        for found, row in zip(read_both(model, rows, references)[0], rows):
-            torch.testing.assert_close(found, model(torch.tensor([row]))[0], rtol=1e-4, atol=1e-4)
+        plain = [model(torch.tensor([x.ids]))[0, x.at] for x in batch]
         with model.flag_off():
-            plain = [model(torch.tensor([r]))[0] for r in references]
-        for found, wanted in zip(read_both(model, rows, references)[1], plain):
+            plain += [model(torch.tensor([x.reference_ids]))[0, x.reference_at] for x in batch]
+        both = read_both(model, rows, references, [x.at for x in batch], [x.reference_at for x in batch])
+        for found, wanted in zip([*both[0], *both[1]], plain, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     _, found = gradients(model, [batch], weights)
     model.zero_grad()
@@ -277,7 +277,8 @@ def test_packed_rows_hold_what_they_have_in_common_once(rows, worth):
 def test_a_common_beginning_is_read_once_with_the_same_states_and_gradients(flagged, rows, side_by_side, monkeypatch):
     monkeypatch.setattr("packed.SIDE_BY_SIDE", side_by_side)
     grads = []
-    for states in (read(flagged, rows), [flagged(torch.tensor([r]))[0] for r in rows]):
+    whole = [range(len(row)) for row in rows]
+    for states in (read(flagged, rows, whole), [flagged(torch.tensor([r]))[0] for r in rows]):
         flagged.zero_grad()
         loss = sum((h * torch.arange(1, h.numel() + 1).view_as(h).sin()).sum() for h in states)
         loss.backward()
@@ -285,7 +286,8 @@ def test_a_common_beginning_is_read_once_with_the_same_states_and_gradients(flag
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     with torch.no_grad():  # rows that are equal, and a row alone
-        torch.testing.assert_close(read(flagged, [rows[0]] * 2)[1], grads[0][1], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(read(flagged, [rows[0]] * 2, whole[:1] * 2)[1], grads[0][1], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(read(flagged, rows, [[1, 0]] + whole[1:])[0], grads[0][1][[1, 0]], rtol=1e-3, atol=1e-4)
 
 
 def test_padding_is_on_the_right():
