@@ -65,7 +65,10 @@ def start_flag_rows(team, layouts, config):
     benign = benign * (place + 1.0) ** -config.short_benign  # so often an answer that is cut anew will reach it
     asked = (benign + flag).bool() & (place < config.offset + FIT_TOK)
     hidden = torch.cat([x.reference for x in layouts])[asked]                                       # (n, C)
-    lse = torch.cat(list(team.spread(logsumexps, hidden.split(160)))).to(team.device)               # (n,)
+    lse = torch.empty(len(hidden))                                                                  # (n,)
+    for part, found in zip(lse.split(160), team.spread(logsumexps, hidden.split(160))):
+        part.copy_(found)  # at once, as in read_ahead
+    lse = lse.to(team.device)
     H, benign, flag = hidden.to(team.device).float(), benign[asked].to(team.device), flag[asked].to(team.device)
     share = lambda x: x / x.sum().clamp(min=1e-9)
     weight = config.flag * share(flag) + config.benign * share(benign)                              # (n,)
