@@ -258,7 +258,7 @@ def distinct(records):
     return list({json.dumps(r["prompt"]): r for r in records}.values())
 
 
-@pytest.mark.parametrize("name", ["train", "dev"])
+@pytest.mark.parametrize("name", ["train", "more", "dev"])
 def test_bundled_records_are_whole(name):
     for number, r in enumerate(mini(name), 1):
         check_record(r, f"{name}.jsonl:{number}")
@@ -273,7 +273,8 @@ def test_bundled_prompts_are_as_many_as_promised():
     assert len({r["category"] for r in both if r["label"] == "harmful"}) == 12
 
 
-@pytest.mark.parametrize("name, kinds", [("train", [[False], [True], [False, True]]), ("dev", [[False, True]])])
+@pytest.mark.parametrize("name, kinds", [("train", [[False], [True], [False, True]]), ("more", [[False], [True]]),
+                                         ("dev", [[False, True]])])
 def test_harmful_records_come_with_and_without_an_opening(name, kinds):
     openings = collections.defaultdict(list)
     for r in mini(name):
@@ -282,14 +283,15 @@ def test_harmful_records_come_with_and_without_an_opening(name, kinds):
     assert openings and all(sorted(o) in kinds for o in openings.values())
 
 
-@pytest.mark.parametrize("name", ["train", "dev"])
-def test_no_template_is_used_more_than_three_times(name):
-    count = collections.Counter(words_of(r)[:4] for r in distinct(mini(name)))
+@pytest.mark.parametrize("names", [["train", "more"], ["dev"]])
+def test_no_template_is_used_more_than_three_times(names):
+    count = collections.Counter(words_of(r)[:4] for r in distinct(sum(map(mini, names), [])))
     assert {" ".join(k): n for k, n in count.items() if n > 3} == {}
 
 
 def test_dev_shares_no_prompt_and_no_template_with_train():
-    train, dev = distinct(mini("train")), distinct(mini("dev"))
+    train, dev = distinct(mini("train") + mini("more")), distinct(mini("dev"))
+    assert len(train) == len(distinct(mini("train"))) + len(distinct(mini("more")))
     assert {words_of(r) for r in train} & {words_of(r) for r in dev} == set()
     assert {words_of(r)[:4] for r in train} & {words_of(r)[:4] for r in dev} == set()
 
