@@ -203,7 +203,7 @@ def visible(positions, longest):
 
 def attend(q, k, v, mask, plainly=False):
     """Attention of q (B, H, T, D) to k, v (B, K, S+T, D); mask None is plainly causal. On a CPU `plainly` asks for the
-    formula in place of the fused kernel, which short rows need half as long; scores are rounded to q's dtype then."""
+    formula in place of the fused kernel, up to twice as fast for short rows; scores are rounded to q's dtype then."""
     (H, T, D), (B, K, S) = q.shape[1:], k.shape[:3]                                 # S: of all keys
     if q.device.type == "cpu" and (torch.is_grad_enabled() or plainly and T * S <= 2**20):
         # the fused kernel's backward takes three times as long as that of the formula. The query heads that share a

@@ -94,7 +94,7 @@ def read(model, rows, at):
 def final_states(model, x, packed, at, first=0):
     """`read`, from what goes into block `first` at all places of a Packed: x, (1, N, C), or ids."""
     places = [path[j] for path, positions in zip(packed.paths, at) for j in positions]
-    keep = torch.tensor(places + [0] * (-len(places) % ROUND), device=packed.at.device)
+    keep = torch.tensor(places + [0] * (-len(places) % ROUND), dtype=torch.long, device=packed.at.device)
     hidden = model(x, packed, first=first, keep=keep)[0]                                            # (n, C)
     return hidden[:len(places)].split([len(positions) for positions in at])
 
