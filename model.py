@@ -201,13 +201,12 @@ def visible(positions, longest):
     return torch.arange(longest + positions.shape[1], device=positions.device) <= positions[:, None, :, None]
 
 
-def attend(q, k, v, mask, plainly=False):
-    """Attention of q (B, H, T, D) to k, v (B, K, S+T, D); mask None is plainly causal. On a CPU `plainly` asks for the
-    formula in place of the fused kernel, up to twice as fast for short rows; scores are rounded to q's dtype then."""
+def attend(q, k, v, mask):
+    """Attention of q (B, H, T, D) to k, v (B, K, S+T, D); mask None is plainly causal."""
     (H, T, D), (B, K, S) = q.shape[1:], k.shape[:3]                                 # S: of all keys
-    if q.device.type == "cpu" and (torch.is_grad_enabled() or plainly and T * S <= 2**20):
-        # the fused kernel's backward takes three times as long as that of the formula. The query heads that share a
-        # key/value head stand below each other, as longer queries: k and v are not repeated for them
+    if q.device.type == "cpu" and torch.is_grad_enabled():
+        # on a CPU the fused kernel's backward takes three times as long as that of the formula itself. The query heads
+        # that share a key/value head stand below each other, as longer queries: k and v are not repeated for them
         q, k, v = (q / math.sqrt(D)).reshape(B * K, -1, D), k.flatten(0, 1), v.flatten(0, 1)
         scores = (q @ k.transpose(1, 2)).view(B, K, H // K, T, S)
         visible = torch.ones(T, S, dtype=torch.bool).tril() if mask is None else mask[:, :, None]

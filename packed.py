@@ -66,7 +66,7 @@ class Packed:
         take = lambda x, where: pick(x, where).unflatten(-1, (-1, D)).transpose(1, 2)
         found = []
         for g in self.groups:
-            y = attend(take(q, g.queries), take(k, g.keys), take(v, g.keys), g.mask, plainly=True)  # (B, H, T, D)
+            y = attend(take(q, g.queries), take(k, g.keys), take(v, g.keys), g.mask)                # (B, H, T, D)
             found.append(pick(y.transpose(1, 2).flatten(0, 1).flatten(1), g.real))                  # (n, H D)
         return pick(torch.cat(found), self.back).unflatten(-1, (-1, D)).transpose(0, 1)[None]       # (1, H, N, D)
 

@@ -380,7 +380,7 @@ def test_a_token_changes_no_logits_before_it(flagged, grad):
 
 @pytest.mark.parametrize("seen", ["causal", "one start", "a start a row"])
 @pytest.mark.parametrize("K", [1, 3, 6])
-def test_attention_by_the_formula_is_the_librarys(seen, K):
+def test_attention_with_gradients_is_the_librarys(seen, K):
     torch.manual_seed(0)
     B, H, T, D = 2, 6, 5, 4
     starts = {"causal": None, "one start": [[3]], "a start a row": [[3], [1]]}[seen]
@@ -391,8 +391,6 @@ def test_attention_by_the_formula_is_the_librarys(seen, K):
     reference = torch.nn.functional.scaled_dot_product_attention(q, *wide, attn_mask=mask, is_causal=mask is None)
     found = attend(q, k, v, mask)
     torch.testing.assert_close(found, reference)
-    with torch.no_grad():
-        torch.testing.assert_close(attend(q, k, v, mask, plainly=True), reference)
     weights = torch.randn_like(found)
     for a, b in zip(*(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (found, reference))):
         torch.testing.assert_close(a, b)
