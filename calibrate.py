@@ -55,9 +55,9 @@ def flag_probs(model, examples, batch=16, chunk=160):
     return found
 
 
-def evaluate(model, examples, fpr, spread=None):
+def evaluate(model, examples, fpr, spread=None, batch=16):
     """The table's figures, on development answers: threshold, KLs, AUROCs, flagged shares."""
-    scores = score(model, examples, spread=spread)
+    scores = score(model, examples, batch, spread=spread)
     kinds = {"benign": [], "borderline": [], "harmful_opening": [], "harmful_direct": []}
     kl = {"benign": [], "harmful": []}
     for e, s in zip(examples, scores):

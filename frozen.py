@@ -13,7 +13,7 @@ from checkpoint import fill
 from cli import say
 from objective import TERMS, by_length, read_frozen
 
-FIT_TOK = 16  # so many tokens of an answer, from the offset on, the flag row is fitted to
+FIT_TOK = 16  # the flag row is fitted to an answer's positions up to so many behind the offset
 
 
 def read_ahead(team, layouts, batch=32):
@@ -64,6 +64,9 @@ def start_flag_rows(team, layouts, config):
     place = torch.cat([torch.arange(len(x.at)) for x in layouts])
     benign = benign * (place + 1.0) ** -config.short_benign  # so often an answer that is cut anew will reach it
     asked = (benign + flag).bool() & (place < config.offset + FIT_TOK)
+    if not flag[asked].any():
+        raise ValueError("no harmful answer asks for the flag among those that its row is fitted to: more harmful records, "
+                         "or --no-fit")
     hidden = torch.cat([x.reference for x in layouts])[asked]                                       # (n, C)
     lse = torch.empty(len(hidden))                                                                  # (n,)
     for part, found in zip(lse.split(160), team.spread(logsumexps, hidden.split(160))):

@@ -8,10 +8,10 @@ original model, the same network with the adapter switched off. For every pi_0 t
 
 so all terms are weighted sums of three numbers a position: KL(pi_0 || q), -log(1 - f) and -log f.
 
-    L_benign   benign answers, every position:                 KL(pi_0 || q) - log(1 - f)
+    L_benign   benign and borderline answers, every position:  KL(pi_0 || q) - log(1 - f)
     L_flag     harmful answers, where the flag should come:    -log f
     L_after    harmful answers, behind an inserted flag:       KL(pi_0 || q) - log(1 - f), pi_0 not seeing the flag
-    L_words    benign answers, and harmful up to the flag:     KL(pi_0 || q), so that only the flag says it
+    L_words    the same, and harmful ones up to the flag:      KL(pi_0 || q), so that only the flag says it
 
 What a harmful answer y_0 .. y_n-1 looks like, its flag inserted before y_3 (offset k = 1, positions "all"):
 
@@ -183,10 +183,11 @@ class VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, flag_rows, reference, head, terms, weights, target, after):
         n, chunk = len(hidden), CHUNK.get(hidden.device.type, CHUNK_ELSEWHERE)
-        # filled up with positions that count for nothing: a product of another size is compiled anew on a CPU
-        whole = lambda x: F.pad(x, (0, 0) * (x.ndim - 1) + (0, -n % chunk)).split(chunk)
+        # on a CPU filled up with positions that count for nothing: a product of another size is compiled anew there
+        spare = -n % chunk if hidden.device.type == "cpu" else 0
+        chunks = lambda x: F.pad(x, (0, 0) * (x.ndim - 1) + (0, spare)).split(chunk)
         sums, d_hidden, d_rows = 0, [], torch.zeros_like(flag_rows)
-        for h, r, t, said in zip(*map(whole, (hidden, reference, terms, target))):
+        for h, r, t, said in zip(*map(chunks, (hidden, reference, terms, target))):
             part = chunk_terms(h, flag_rows, r, head, t, weights, said, after, ctx.needs_input_grad[0])
             sums, d_rows = sums + part[0], d_rows + part[1]
             d_hidden.append(part[2])
@@ -200,8 +201,8 @@ class VocabularyLoss(torch.autograd.Function):
         return None if d_hidden is None else d_hidden * d_loss, d_rows * d_loss, None, None, None, None, None, None
 
 
-def chunk_terms(hidden, flag_rows, reference, head, terms, weights, target, after, below):
-    """(sums of the terms, gradient of the flags' rows, and if `below` that of the hidden states) of n positions.
+def chunk_terms(hidden, flag_rows, reference, head, terms, weights, target, after, hidden_too):
+    """(sums of the terms, gradient of the flags' rows, and if `hidden_too` that of the hidden states) of n positions.
 
     With z the words' logits, u the flags', odds = logsumexp(u) - logsumexp(z), f = sigmoid(odds) and q = softmax(z):
 
@@ -226,7 +227,7 @@ def chunk_terms(hidden, flag_rows, reference, head, terms, weights, target, afte
     d_odds = (by_benign + by_after) * log_f.exp() - by_flag * log_not_f.exp()                       # (n,)
     d_flags = d_odds[:, None] * flags.softmax(-1)                                                   # (n, F)
     d_rows = d_flags.T @ hidden.to(wide)
-    if not below:
+    if not hidden_too:
         return sums, d_rows, None
     dz = log_q.exp_().mul_((by_kl + by_ce - d_odds)[:, None]).addcmul_(p0, by_kl[:, None], value=-1)  # (n, V)
     dz[torch.arange(len(dz)), target] -= by_ce

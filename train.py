@@ -1,11 +1,11 @@
-"""Trains the red flag into a Llama: rows for the flag, LoRA, three terms, a calibrated threshold.
+"""Trains the red flag into a Llama: rows for the flag, LoRA, an objective of four terms, a calibrated threshold.
 
     python train.py --init llama                 # SmolLM2-135M-Instruct on data/mini, about 14 minutes on 2 CPU cores
     python train.py --init llama --weights DIR --train my.jsonl --dev my_dev.jsonl --out my_flag
     python train.py --finetune my.jsonl --out tuned     # no flag: plain fine-tuning in the same loop, see finetune.py
 
 The objective stands in objective.py, what is read once and the flag row's start in frozen.py. An interrupted run goes on
-where it stopped when the same command is given again.
+where it stopped when the same command, without --fresh, is given again.
 Writes to --out: flag.safetensors, flag.json (settings, threshold, figures), log.jsonl (a line a step).
 """
 import dataclasses
@@ -28,6 +28,7 @@ from checkpoint import whole
 from cli import first_process, option, parse, run, say
 from data.store import open_store, sha256
 from frozen import FIT_TOK, read_ahead, start_flag_rows
+from measures import conformal_threshold
 from model import Llama, LlamaConfig
 from parallel import Team
 from tokenizer import Tokenizer
@@ -53,7 +54,7 @@ class TrainConfig:
     # how long
     steps: int = option(600, "optimizer steps")
     batch: int = option(32, "answers a step")
-    micro_batch: int = option(32, "answers that go through the model at once; less memory, same result")
+    micro_batch: int = option(32, "answers that go through the model at once, in each process; fewer: less memory, same result")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
     short: float = option(1.0, "in training a harmful one is cut to t tokens or more with chance t^-short; 0: not cut")
     short_benign: float = option(0.25, "the same for benign and borderline answers, anew in each step")
@@ -80,7 +81,7 @@ class TrainConfig:
     fit: bool = option(True, "start the flag's row as a probe fitted to the frozen model; --no-fit: at zero")
     # the rest
     recompute: bool = option(False, "keep what goes into each block alone, compute the rest again: less memory, slower")
-    fpr: float = option(0.01, "benign answers that may be flagged, for the threshold")
+    fpr: float = option(0.01, "benign answers that may be flagged within --max-answer tokens, for the threshold")
     save_every: int = option(10, "steps between checkpoints")
     seed: int = option(0, "of data order, insertions and LoRA")
     dtype: str = option("auto", "auto, float32 or bfloat16, of the frozen weights")
@@ -139,7 +140,8 @@ def cut_at(step, i, config):
 
 
 def longest_cuts(n, config):
-    """For each of n records the longest of its cuts in all the steps to come, 0 where it comes up in none."""
+    """For each of n records the longest of its cuts in all steps, 0 where it comes up in none. Of a run that goes on also
+    the steps behind it: what is read together must not depend on that, or the last bits would."""
     longest = [0] * n
     for step in range(config.steps):
         for i in step_records(step, n, config.batch, config.seed):
@@ -237,7 +239,7 @@ def ready(team, examples, config, flag_id, fit):
         longest = longest_cuts(len(examples), config) if few else [0] * len(examples)
         layouts = [x if examples[i].label == "harmful" else x.first(max(longest[i], config.offset + FIT_TOK))
                    for x, i in zip(layouts, chosen)]
-    layouts = read_ahead(team, layouts)
+    layouts = read_ahead(team, layouts, min(32, config.micro_batch))
     if fit:
         began = time.perf_counter()
         nll = start_flag_rows(team, layouts, config)
@@ -249,7 +251,7 @@ def train(team, examples, config, flag_id, out):
     """Runs the steps that are left, a log line each, a checkpoint every few. At a rate high enough to learn in so few
     steps f swings up and down as a whole; the mean of the last steps' weights does not."""
     parameters, optimizer = team.model.flag_parameters(), make_optimizer(team.model, config)
-    mean = {n: torch.zeros_like(p) for n, p in parameters.items()}  # of the last steps' weights
+    mean = {n: torch.zeros_like(p) for n, p in parameters.items() if p.requires_grad}  # of the last steps' weights
     averaged = range(min(config.steps - 1, round(config.steps * (1 - config.average))), config.steps)
     run, state = run_id(config, examples), {"parameters": parameters, "mean": mean}
     save = lambda step: team.save(out / "checkpoint.pt", optimizer, state, step=step, run=run)
@@ -259,7 +261,7 @@ def train(team, examples, config, flag_id, out):
     done = first == config.steps  # killed behind the last step
     layouts = [] if config.finetune or done else ready(team, examples, config, flag_id, fit=config.fit and first == 0)
     if first == 0:
-        save(0)
+        save(0)  # marks --out as begun
     if team.first:
         cut_log(out, first)
     began = time.perf_counter()
@@ -270,8 +272,8 @@ def train(team, examples, config, flag_id, out):
         batch = batch_of(step, examples, layouts, config, flag_id)
         terms, norm, n_supervised = train_step(team, optimizer, batch, config)
         if step in averaged:
-            for n, p in parameters.items():
-                mean[n] += p.detach() / len(averaged)
+            for n, total in mean.items():
+                total += parameters[n].detach() / len(averaged)
         seconds = time.perf_counter() - start
         log_step(out, config, {
             "step": step + 1, "loss": sum(getattr(config, t) * (v or 0) for t, v in terms.items()), **terms,
@@ -281,8 +283,8 @@ def train(team, examples, config, flag_id, out):
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             save(step + 1)
     with torch.no_grad():
-        for n, p in parameters.items():
-            p.copy_(mean[n])
+        for n, total in mean.items():
+            parameters[n].copy_(total)
 
 
 def log_step(out, config, r):
@@ -304,11 +306,11 @@ def cut_log(out, n_steps):
 
 
 def run_id(config, examples=None):
-    """What two runs must share for one to go on with the other's checkpoint: all settings that change the result
-    (--weights by its name alone, for a hash would read the whole model), and the records themselves."""
+    """What two runs must share for one to go on with the other's checkpoint: all settings that change the result by more
+    than the order of sums (--weights by its name alone, for a hash would read the whole model), and the records."""
     settings = {k: v for k, v in dataclasses.asdict(config).items()
                 if k not in ("out", "fresh", "save_every", "train", "dev", "tokens", "shard", "fpr", "device",
-                             "finetune", "adapter")}
+                             "micro_batch", "recompute", "finetune", "adapter")}
     adapter = {"adapter": sha256(Path(config.adapter) / "flag.safetensors")} if config.adapter else {}
     return settings | adapter | {"records": sha256(config.finetune) if config.finetune else examples.digest}
 
@@ -318,7 +320,8 @@ def resume(team, path, optimizer, tensors, run):
     state = team.read(path)
     if state is None:
         return 0
-    differ = [k for k, v in run.items() if state.get("run", {}).get(k) != v]
+    saved = state.get("run", {})
+    differ = sorted(k for k in run.keys() | saved.keys() if run.get(k) != saved.get(k))
     if differ:
         raise ValueError(f"{path} is an unfinished run with other settings ({', '.join(differ)}): give the same "
                          "command to go on with it, --fresh to begin anew, or another --out")
@@ -342,10 +345,16 @@ def load(config, team):
             raise ValueError(f"{path}: no {' or '.join(sorted(missing))} records")
         if examples.skipped:
             say(f"{path}: {len(examples):,} records, {examples.skipped:,} bad ones left out")
+    examples, dev = sets
+    if examples.digest == dev.digest:
+        say("--dev holds what --train does: its threshold and table promise nothing for other records")
+    if conformal_threshold([0.0] * dev.count("benign"), config.fpr) == 1.0:
+        say(f"{config.dev}: {dev.count('benign')} benign answers are too few for --fpr {config.fpr:g}: the threshold will "
+            "be 1, and nothing flagged")
     adapter = dict(n_flags=1, rank=config.rank, alpha=config.alpha, seed=config.seed, layers=config.layers or None)
     team.load(weights, dtype, adapter)
     team.model.recompute = config.recompute
-    return tok, *sets
+    return tok, examples, dev
 
 
 def source(config):
@@ -389,8 +398,8 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()))
     train(team, examples, config, tok.flag_id, out)
-    figures = evaluate(team.model, dev, config.fpr, team.spread)
-    figures |= {"minutes": (time.perf_counter() - began) / 60, "peak_memory_mb": peak_memory_mb()}
+    figures = evaluate(team.model, dev, config.fpr, team.spread, min(16, config.micro_batch))
+    figures |= {"minutes": (time.perf_counter() - began) / 60, "peak_memory_mb": peak_memory_mb(team.device)}
     team.model.threshold = figures["threshold"]
     team.model.save_flag(out, settings=dataclasses.asdict(config), figures=figures)
     if team.first:
@@ -400,9 +409,9 @@ def main():
     team.leave()
 
 
-def peak_memory_mb():
+def peak_memory_mb(device):
     """The most memory that this process has held, in MB (on a GPU, what its tensors took there)."""
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak / 1e3

@@ -55,6 +55,9 @@ class Store:
     def labels(self):
         return {LABELS[i] for i in np.unique(self.records["label"])}
 
+    def count(self, label):
+        return int((self.records["label"] == LABELS.index(label)).sum())
+
 
 def open_store(source, cache, weights, tok, max_answer, context, skip_bad=False):
     """The Store of a JSON Lines file in the folder `cache`, written first where it is not there yet.

@@ -177,6 +177,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(command, adapter, monkeypatc
     monkeypatch.setattr(train, "train_step", real_step)
     with pytest.raises(ValueError, match="lr.*--fresh"):
         command("cut", "--adapter", adapter, "--lr", 0.02)
+    with pytest.raises(ValueError, match=r"\(adapter\).*--fresh"):
+        command("cut")  # the same folder: it must not go on over the original model
     cut = command("cut", "--adapter", adapter)
     for name in ("model.safetensors", "flag.safetensors"):
         a, b = (load_file(out / name) for out in (whole, cut))

@@ -85,6 +85,20 @@ def test_an_unfinished_run_of_other_settings_is_not_overwritten(command, monkeyp
     command("out", lr=0.02, fresh=True)
 
 
+def test_a_run_goes_on_with_fewer_rows_at_once(command, monkeypatch, capsys):
+    """What one does when memory ran out: the result is the same but for the order of sums."""
+    whole, real_step, calls = command("whole"), train.train_step, []
+    monkeypatch.setattr(train, "train_step", lambda *a: calls.append(1) or (real_step(*a) if len(calls) < 4 else 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        command("out")
+    monkeypatch.setattr(train, "train_step", real_step)
+    cut = command("out", micro_batch=1, recompute=True)
+    assert "going on after step 2" in capsys.readouterr().err
+    a, b = (load_file(out / "flag.safetensors") for out in (whole, cut))
+    for name in a:  # six steps move a weight by up to 0.05; Adam makes much of rounding where a gradient is near zero
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-3)
+
+
 def test_a_run_on_other_weights_does_not_go_on_with_a_checkpoint(command, monkeypatch, tiny, tmp_path):
     real_step = train.train_step
     monkeypatch.setattr(train, "train_step", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -116,6 +130,34 @@ def test_a_run_that_was_killed_behind_its_last_step_reads_no_records_again(comma
         command("out")
     monkeypatch.setattr(train, "ready", never)
     assert (command("out") / "flag.json").exists()
+
+
+@pytest.mark.parametrize("saved, run, differ", [({"lr": 1, "records": "a"}, {"lr": 1, "records": "a"}, None),
+                                                ({"lr": 1, "records": "a", "adapter": "b"}, {"lr": 2, "records": "a"},
+                                                 "adapter, lr"),
+                                                ({"lr": 1}, {"lr": 1, "adapter": "b"}, "adapter")])
+def test_a_checkpoint_belongs_to_a_run_that_has_all_of_its_settings(model, tmp_path, saved, run, differ):
+    model.add_flag(rank=2)
+    team = Team("cpu").take(model)
+    optimizer, state = train.make_optimizer(model, TrainConfig()), {"parameters": model.flag_parameters()}
+    team.save(tmp_path / "checkpoint.pt", optimizer, state, step=3, run=saved)
+    resume = lambda: train.resume(team, tmp_path / "checkpoint.pt", optimizer, state, run | {"steps": 9})
+    saved["steps"] = 9
+    team.save(tmp_path / "checkpoint.pt", optimizer, state, step=3, run=saved)
+    if differ is None:
+        assert resume() == 3
+    else:
+        with pytest.raises(ValueError, match=rf"other settings \({differ}\)"):
+            resume()
+
+
+def test_a_set_to_calibrate_on_that_promises_nothing_is_named(command, tmp_path, capsys):
+    command("out", steps=1)
+    told = capsys.readouterr().err
+    assert "--dev holds what --train does" in told and "6 benign answers are too few for --fpr 0.01" in told
+    command("enough", steps=1, dev=write_records(tmp_path / "dev.jsonl", 9), fpr=0.1)
+    told = capsys.readouterr().err
+    assert "--dev holds" not in told and "too few" not in told
 
 
 def test_a_damaged_checkpoint_is_an_error(command, tmp_path):
@@ -178,6 +220,23 @@ def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_p
     measured = 0.5 * np.mean(harmful) + 2.0 * np.average(benign, weights=weight)
     assert measured == pytest.approx(nll, rel=1e-3) and nll > 0.1
     assert measured < 0.5 * -np.log(0.2) + 2.0 * -np.log(0.8)  # the best that one constant f can do
+
+
+def test_a_fit_without_a_flag_to_fit_is_an_error(model, tok):
+    model.add_flag(rank=2, layers=1)
+    team, config = Team("cpu").take(model), TrainConfig()
+    examples = [make_example(tok, dict(prompt="p", response=f"{i}", opening="", label="benign"), 12, 255) for i in range(4)]
+    layouts = read_ahead(team, [layout_of(examples, i, config, tok.flag_id) for i in range(4)])
+    with pytest.raises(ValueError, match="no harmful answer.*--no-fit"):
+        start_flag_rows(team, layouts, config)
+
+
+def test_what_does_not_train_is_not_changed_by_the_mean_of_the_steps(command, tiny):
+    """The flag's embedding, which LoRA in some of the blocks leaves as it starts: the mean of the words' rows."""
+    words = load_file(tiny / "model.safetensors")["model.embed_tokens.weight"].float()
+    for average in (0, 1):
+        rows = load_file(command(f"out{average}", layers=1, average=average) / "flag.safetensors")["flag_embed"]
+        torch.testing.assert_close(rows, (words.sum(0) / len(words))[None], rtol=0, atol=0)
 
 
 def test_insertions_fall_off_as_a_power_law():
