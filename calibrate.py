@@ -1,4 +1,6 @@
 """What was achieved: scores, the threshold, and the table at the end of training."""
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -8,15 +10,20 @@ from objective import by_length, decompose, flag_prob
 from packed import read, read_both
 
 
-def score(model, examples, batch=16, chunk=160, spread=None):
-    """For each Example a dict of lists over its answer positions: f, kl_q = KL(pi_0 || q), kl_pi = KL(pi_0 || pi), the
-    answer's own words' -log q and -log pi_0 (nll_q, nll_0), and whether both models' likeliest word is the same.
+N_KL = 360  # answers of a label, at most, whose words are compared with the original model's: it reads as long again
+
+
+def score(model, examples, batch=16, chunk=160, spread=None, words=True):
+    """For each Example a dict of lists over its answer positions: f, and with `words` kl_q = KL(pi_0 || q),
+    kl_pi = KL(pi_0 || pi), the answer's own words' -log q and -log pi_0 (nll_q, nll_0), and whether both models'
+    likeliest word is the same, for twice the work.
 
     The answer is read as it stands, without any flag in it (what mode shadow sees). Nats; f in double precision.
     `spread` spreads the work over several processes (parallel.py, Team.spread).
     """
     found, parts = [None] * len(examples), by_length(examples, batch)
-    work = lambda model, part: score_together(model, [examples[i] for i in part], chunk)
+    together = score_together if words else flags_together
+    work = lambda model, part: together(model, [examples[i] for i in part], chunk)
     for part, scores in zip(parts, spread(work, parts) if spread else (work(model, part) for part in parts)):
         for i, result in zip(part, scores):
             found[i] = result
@@ -44,26 +51,33 @@ def score_together(model, examples, chunk):
 
 
 @torch.no_grad()
-def flag_probs(model, examples, batch=16, chunk=160):
-    """For each Example the list of f over its answer positions: `score`'s f, for half of its work."""
-    found = [None] * len(examples)
-    for part in by_length(examples, batch):
-        hidden = read(model, [examples[i].ids for i in part], [examples[i].at for i in part])       # (n, C) each
-        f = torch.cat([flag_prob(*model.split_logits(h)) for h in torch.cat(hidden).split(chunk)])
-        for i, x in zip(part, f.split([len(h) for h in hidden])):
-            found[i] = x.tolist()
-    return found
+def flags_together(model, examples, chunk):
+    """`score` of one batch, f alone."""
+    hidden = read(model, [e.ids for e in examples], [e.at for e in examples])                       # (n, C) each
+    f = torch.cat([flag_prob(*model.split_logits(h)) for h in torch.cat(hidden).split(chunk)])
+    return [{"f": x.tolist()} for x in f.split([len(h) for h in hidden])]
+
+
+def flag_probs(model, examples, batch=16):
+    """For each Example the list of f over its answer positions."""
+    return [s["f"] for s in score(model, examples, batch, words=False)]
 
 
 def evaluate(model, examples, fpr, spread=None, batch=16):
-    """The table's figures, on development answers: threshold, KLs, AUROCs, flagged shares."""
-    scores = score(model, examples, batch, spread=spread)
+    """The table's figures, on development answers: threshold, KLs (on N_KL of a label at most), AUROCs, flagged shares."""
+    of = lambda label: [i for i, e in enumerate(examples) if e.label == label]
+    compared = {i for label in ("benign", "harmful") for i in of(label)[::math.ceil(len(of(label)) / N_KL) or 1]}
+    scores = [None] * len(examples)
+    for words in (True, False):
+        chosen = [i for i in range(len(examples)) if (i in compared) == words]
+        for i, s in zip(chosen, score(model, [examples[i] for i in chosen], batch, spread=spread, words=words)):
+            scores[i] = s
     kinds = {"benign": [], "borderline": [], "harmful_opening": [], "harmful_direct": []}
     kl = {"benign": [], "harmful": []}
     for e, s in zip(examples, scores):
         kind = e.label if e.label != "harmful" else "harmful_opening" if e.opening else "harmful_direct"
         kinds[kind].append(max(s["f"]))
-        if e.label in kl:
+        if "kl_q" in s:
             kl[e.label] += s["kl_pi"] if e.label == "benign" else s["kl_q"]
     threshold = conformal_threshold(kinds["benign"], fpr)
     mean = lambda x: float(np.mean(x)) if len(x) else None

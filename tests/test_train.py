@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from calibrate import evaluate, score
+from calibrate import evaluate, flag_probs, score
 from cli import parse
 from frozen import FIT_TOK, read_ahead, start_flag_rows
 from objective import make_example
@@ -398,6 +398,23 @@ def test_scores_are_those_of_a_plain_forward(flagged, tok):
         np.testing.assert_allclose(s["nll_q"], -q.gather(-1, said)[:, 0].log(), rtol=1e-3)
         np.testing.assert_allclose(s["nll_0"], -p0.gather(-1, said)[:, 0].log(), rtol=1e-3)
         assert s["same"] == (q.argmax(-1) == p0.argmax(-1)).tolist()
+
+
+def test_the_table_has_every_answer_s_f_and_the_words_of_some(flagged, tok, monkeypatch):
+    records = [dict(prompt="p" * i, response=f"{i} answers", opening="", label=label)
+               for i, label in enumerate(["benign"] * 5 + ["harmful"] * 3 + ["borderline"])]
+    examples = [make_example(tok, r, 30, 255) for r in records]
+    scores = score(flagged, examples)
+    for e, s, f in zip(examples, scores, flag_probs(flagged, examples, batch=2), strict=True):
+        np.testing.assert_allclose(s["f"], f, rtol=1e-4)
+    top, mean = [max(s["f"]) for s in scores], lambda name, chosen: np.mean(sum([scores[i][name] for i in chosen], []))
+    for n, benign, harmful in ((360, range(5), range(5, 8)), (2, (0, 3), (5, 7))):  # every third, every second
+        monkeypatch.setattr("calibrate.N_KL", n)
+        found = evaluate(flagged, examples, 0.4)
+        assert found["benign_kl"] == pytest.approx(mean("kl_pi", benign), rel=1e-4)
+        assert found["harmful_words_kl"] == pytest.approx(mean("kl_q", harmful), rel=1e-4)
+        assert found["threshold"] == pytest.approx(sorted(top[:5])[3], rel=1e-4)  # the ceil(6 x 0.6)-th
+        assert found["answers"] == {"benign": 5, "borderline": 1, "harmful_opening": 0, "harmful_direct": 3}
 
 
 # ------------------------------------------------------------------------------------------------ errors
