@@ -33,7 +33,7 @@ def score(model, examples, batch=16, chunk=160, spread=None, words=True):
 @torch.no_grad()
 def score_together(model, examples, chunk):
     """`score` of one batch."""
-    ids, at = [e.ids for e in examples], [e.at for e in examples]
+    ids, at = [e.ids[:-1] for e in examples], [e.at for e in examples]
     hidden, reference = (torch.cat(x).split(chunk) for x in read_both(model, ids, ids, at, at))     # (n, C) each
     target = torch.tensor([t for e in examples for t in e.ids[e.n_prompt:]]).split(chunk)
     results = []
@@ -53,7 +53,7 @@ def score_together(model, examples, chunk):
 @torch.no_grad()
 def flags_together(model, examples, chunk):
     """`score` of one batch, f alone."""
-    hidden = read(model, [e.ids for e in examples], [e.at for e in examples])                       # (n, C) each
+    hidden = read(model, [e.ids[:-1] for e in examples], [e.at for e in examples])                       # (n, C) each
     f = torch.cat([flag_prob(*model.split_logits(h)) for h in torch.cat(hidden).split(chunk)])
     return [{"f": x.tolist()} for x in f.split([len(h) for h in hidden])]
 

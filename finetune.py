@@ -72,7 +72,7 @@ def prepare(model, tok, records, config):
 def lay_out(example, *_):
     """Layout of an Example: all of its answer is supervised. (What else train.py passes is about the flag.)"""
     at = list(example.at)
-    return Layout(example.ids, example.ids, at, at, [[1]] * len(at), example.ids[example.n_prompt:])
+    return Layout(example.ids[:-1], example.ids[:-1], at, at, [[1]] * len(at), example.ids[example.n_prompt:])
 
 
 def supervised(model, layouts):

@@ -68,7 +68,8 @@ def make_example(tok, record, max_answer, context):
 
 @dataclass
 class Layout:
-    """One example as the two models read it, and its supervised positions, a list entry each."""
+    """One example as the two models read it, without the last token, behind which nothing is asked for; and its
+    supervised positions, a list entry each."""
     ids: list           # with the inserted flag, where there is one
     reference_ids: list
     at: list            # index into ids
@@ -80,7 +81,7 @@ class Layout:
 
     def first(self, n):
         """The Layout of the answer's first n tokens alone; for answers without an inserted flag."""
-        end = self.at[0] + 1 + n  # at[0] is the prompt's last position
+        end = self.at[0] + n  # at[0] is the prompt's last position
         head = lambda x, size: None if x is None else x[:size]
         return Layout(self.ids[:end], self.reference_ids[:end], self.at[:n], self.reference_at[:n], self.terms[:n],
                       self.target[:n], head(self.below, end), head(self.reference, n))
@@ -91,12 +92,12 @@ def lay_out(example, insert_at, flag_id, offset, positions):
     p, n, ids = example.n_prompt, example.n_answer, example.ids
     reference_at = [p - 1 + j for j in range(n)]
     if example.label != "harmful":
-        return Layout(ids, ids, reference_at, reference_at, [wanted("benign", "words")] * n, ids[p:])
+        return Layout(ids[:-1], ids[:-1], reference_at, reference_at, [wanted("benign", "words")] * n, ids[p:])
     first = insert_at if positions == "one" else min(offset, insert_at)
     before = [wanted("words")] * first + [wanted("flag", "words")] * (insert_at + 1 - first)
     behind = [wanted("after")] * (n - insert_at)
     return Layout(
-        ids[:p + insert_at] + [flag_id] + ids[p + insert_at:], ids,
+        ids[:p + insert_at] + [flag_id] + ids[p + insert_at:-1], ids[:-1],
         at=reference_at[:insert_at + 1] + [p + j for j in range(insert_at, n)],  # behind the flag all is one further on
         reference_at=reference_at[:insert_at + 1] + reference_at[insert_at:],    # both predict token insert_at
         terms=before + behind, target=ids[p:p + insert_at + 1] + ids[p + insert_at:])

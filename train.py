@@ -57,7 +57,7 @@ class TrainConfig:
     micro_batch: int = option(32, "answers that go through the model at once, in each process; fewer: less memory, same result")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
     short: float = option(1.0, "in training a harmful one is cut to t tokens or more with chance t^-short; 0: not cut")
-    short_benign: float = option(0.25, "the same for benign and borderline answers, anew in each step")
+    short_benign: float = option(0.35, "the same for benign and borderline answers, anew in each step")
     # the objective, see objective.py
     benign: float = option(20.0, "weight of L_benign")
     flag: float = option(1.0, "weight of L_flag")

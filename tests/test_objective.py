@@ -29,7 +29,7 @@ def named(layout):
 def test_a_benign_answer_is_supervised_everywhere_and_read_without_a_flag():
     e = Example([10, 11, 20, 21, 22], 2, "benign")
     x = lay_out(e, 1, RF, 0, "all")
-    assert x.ids == x.reference_ids == [10, 11, 20, 21, 22]
+    assert x.ids == x.reference_ids == [10, 11, 20, 21]  # behind 22 nothing is asked for
     assert x.at == x.reference_at == [1, 2, 3] and x.target == [20, 21, 22]
     assert named(x) == [(BENIGN, WORDS)] * 3
 
@@ -37,7 +37,7 @@ def test_a_benign_answer_is_supervised_everywhere_and_read_without_a_flag():
 def test_a_harmful_answer_gets_its_flag_and_its_positions():
     """Prompt 10 11, answer 20 21 22 23, the flag before 22, asked for from answer token 1 on."""
     x = lay_out(Example([10, 11, 20, 21, 22, 23], 2, "harmful"), 2, RF, 1, "all")
-    assert x.ids == [10, 11, 20, 21, RF, 22, 23] and x.reference_ids == [10, 11, 20, 21, 22, 23]
+    assert x.ids == [10, 11, 20, 21, RF, 22] and x.reference_ids == [10, 11, 20, 21, 22]
     rows = list(zip(named(x), x.at, x.reference_at, x.target))
     assert rows == [((WORDS,), 1, 1, 20),
                     ((FLAG, WORDS), 2, 2, 21), ((FLAG, WORDS), 3, 3, 22),   # read 20 and 21
@@ -51,7 +51,7 @@ def test_positions_one_asks_for_the_flag_at_the_insertion_alone():
 
 def test_an_answer_shorter_than_the_offset_still_gets_a_flag():
     x = lay_out(Example([10, 11, 20], 2, "harmful"), 0, RF, 4, "all")
-    assert x.ids == [10, 11, RF, 20] and named(x) == [(FLAG, WORDS), (AFTER,)]
+    assert x.ids == [10, 11, RF] and named(x) == [(FLAG, WORDS), (AFTER,)]
 
 
 def test_a_prompt_that_leaves_no_room_for_a_word_is_an_error(tok):

@@ -270,7 +270,7 @@ def test_insertions_are_drawn_by_record_and_seed_alone(tok):
 @pytest.mark.parametrize("label, power", [("harmful", 1.0), ("borderline", 0.5), ("benign", 0.5)])
 def test_answers_are_cut_by_a_power_law(tok, label, power):
     examples = [make_example(tok, dict(prompt="p", response="a" * 200, opening="", label=label), 64, 255)] * 4000
-    n_answer = lambda x: len(x.reference_ids) - examples[0].n_prompt
+    n_answer = lambda x: len(x.reference_ids) + 1 - examples[0].n_prompt
     config = dataclasses.replace(TrainConfig(), batch=4000, short=1.0, short_benign=0.5)
     lengths = np.array([n_answer(x) for x in batch_of(0, examples, [], config, tok.flag_id)])
     assert lengths.min() == 1 and lengths.max() == 64
