@@ -9,7 +9,6 @@ from measures import auroc, conformal_threshold
 from objective import by_length, decompose, flag_prob
 from packed import read, read_both
 
-
 N_KL = 360  # answers of a label, at most, whose words are compared with the original model's: it reads as long again
 
 
@@ -53,7 +52,7 @@ def score_together(model, examples, chunk):
 @torch.no_grad()
 def flags_together(model, examples, chunk):
     """`score` of one batch, f alone."""
-    hidden = read(model, [e.ids[:-1] for e in examples], [e.at for e in examples])                       # (n, C) each
+    hidden = read(model, [e.ids[:-1] for e in examples], [e.at for e in examples])                  # (n, C) each
     f = torch.cat([flag_prob(*model.split_logits(h)) for h in torch.cat(hidden).split(chunk)])
     return [{"f": x.tolist()} for x in f.split([len(h) for h in hidden])]
 
@@ -64,7 +63,7 @@ def flag_probs(model, examples, batch=16):
 
 
 def evaluate(model, examples, fpr, spread=None, batch=16):
-    """The table's figures, on development answers: threshold, KLs (on N_KL of a label at most), AUROCs, flagged shares."""
+    """The table's figures, on development answers: threshold, KLs (of N_KL a label at most), AUROCs, flagged shares."""
     of = lambda label: [i for i, e in enumerate(examples) if e.label == label]
     compared = {i for label in ("benign", "harmful") for i in of(label)[::math.ceil(len(of(label)) / N_KL) or 1]}
     scores = [None] * len(examples)

@@ -65,8 +65,8 @@ def start_flag_rows(team, layouts, config):
     benign = benign * (place + 1.0) ** -config.short_benign  # so often an answer that is cut anew will reach it
     asked = (benign + flag).bool() & (place < config.offset + FIT_TOK)
     if not flag[asked].any():
-        raise ValueError("no harmful answer asks for the flag among those that its row is fitted to: more harmful records, "
-                         "or --no-fit")
+        raise ValueError("no harmful answer asks for the flag among those that its row is fitted to: give more harmful "
+                         "records, or --no-fit")
     hidden = torch.cat([x.reference for x in layouts])[asked]                                       # (n, C)
     lse = torch.empty(len(hidden))                                                                  # (n,)
     for part, found in zip(lse.split(160), team.spread(logsumexps, hidden.split(160))):

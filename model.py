@@ -361,7 +361,7 @@ class Llama(nn.Module):
         by LoRA; only these train.
 
         The new rows are parameters of their own, so the old ones stay as they are, tied or not. Until training
-        chooses a start from data (frozen.py), unembedding rows are 0: f is below exp(-20), and no word moves. The
+        chooses a start from data (frozen.py), unembedding rows are 0: log f is about -24, and no word moves. The
         embedding rows stay the mean of the words' unless LoRA is in all blocks.
         Rank 0: no LoRA, and only the unembedding rows train (a linear probe on the last hidden state).
         """

@@ -2,8 +2,8 @@
 
 A batch becomes one sequence of N tokens. Everything in a Llama but attention works token by token, so it does not ask
 whose token it is; attention looks the rows' tokens up. With a chat template's system text at the head of every prompt,
-and a harmful answer read twice, with the flag in it and without, this saves a third of the work where all is read at once.
-(The picture is drawn as if two shared tokens were worth it, see WORTH.)
+and a harmful answer read twice, with the flag in it and without, this saves a third of the work (less where the blocks
+below LoRA have been read before). The picture is drawn as if two shared tokens were worth it, see WORTH.
 
     row 0   s s s a b c         packed        s s s   a b c   d e   f
     row 1   s s s d e           paths of 2    0 1 2   6 7 8

@@ -54,7 +54,7 @@ class TrainConfig:
     # how long
     steps: int = option(600, "optimizer steps")
     batch: int = option(32, "answers a step")
-    micro_batch: int = option(32, "answers that go through the model at once, in each process; fewer: less memory, same result")
+    micro_batch: int = option(32, "answers in the model at once, in each process; fewer: less memory, same result")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
     short: float = option(1.0, "in training a harmful one is cut to t tokens or more with chance t^-short; 0: not cut")
     short_benign: float = option(0.35, "the same for benign and borderline answers, anew in each step")
@@ -140,8 +140,8 @@ def cut_at(step, i, config):
 
 
 def longest_cuts(n, config):
-    """For each of n records the longest of its cuts in all steps, 0 where it comes up in none. Of a run that goes on also
-    the steps behind it: what is read together must not depend on that, or the last bits would."""
+    """For each of n records the longest of its cuts in all steps, 0 where it comes up in none. In a run that goes on
+    those behind it too: rounding depends on what is read together, and must not on where a run was interrupted."""
     longest = [0] * n
     for step in range(config.steps):
         for i in step_records(step, n, config.batch, config.seed):
@@ -306,8 +306,8 @@ def cut_log(out, n_steps):
 
 
 def run_id(config, examples=None):
-    """What two runs must share for one to go on with the other's checkpoint: all settings that change the result by more
-    than the order of sums (--weights by its name alone, for a hash would read the whole model), and the records."""
+    """What two runs must share for one to go on with the other's checkpoint: the records, and all settings that change
+    more than the order of sums (--weights by its name alone, for a hash would read the whole model)."""
     settings = {k: v for k, v in dataclasses.asdict(config).items()
                 if k not in ("out", "fresh", "save_every", "train", "dev", "tokens", "shard", "fpr", "device",
                              "micro_batch", "recompute", "finetune", "adapter")}
@@ -348,9 +348,10 @@ def load(config, team):
     examples, dev = sets
     if examples.digest == dev.digest:
         say("--dev holds what --train does: its threshold and table promise nothing for other records")
-    if conformal_threshold([0.0] * dev.count("benign"), config.fpr) == 1.0:
-        say(f"{config.dev}: {dev.count('benign')} benign answers are too few for --fpr {config.fpr:g}: the threshold will "
-            "be 1, and nothing flagged")
+    n_benign = dev.count("benign")
+    if conformal_threshold([0.0] * n_benign, config.fpr) == 1.0:
+        say(f"{config.dev}: {n_benign} benign answers are too few for --fpr {config.fpr:g}: the threshold will be 1, and "
+            "nothing flagged")
     adapter = dict(n_flags=1, rank=config.rank, alpha=config.alpha, seed=config.seed, layers=config.layers or None)
     team.load(weights, dtype, adapter)
     team.model.recompute = config.recompute

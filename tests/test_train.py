@@ -140,10 +140,8 @@ def test_a_checkpoint_belongs_to_a_run_that_has_all_of_its_settings(model, tmp_p
     model.add_flag(rank=2)
     team = Team("cpu").take(model)
     optimizer, state = train.make_optimizer(model, TrainConfig()), {"parameters": model.flag_parameters()}
-    team.save(tmp_path / "checkpoint.pt", optimizer, state, step=3, run=saved)
+    team.save(tmp_path / "checkpoint.pt", optimizer, state, step=3, run=saved | {"steps": 9})
     resume = lambda: train.resume(team, tmp_path / "checkpoint.pt", optimizer, state, run | {"steps": 9})
-    saved["steps"] = 9
-    team.save(tmp_path / "checkpoint.pt", optimizer, state, step=3, run=saved)
     if differ is None:
         assert resume() == 3
     else:
@@ -225,7 +223,8 @@ def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_p
 def test_a_fit_without_a_flag_to_fit_is_an_error(model, tok):
     model.add_flag(rank=2, layers=1)
     team, config = Team("cpu").take(model), TrainConfig()
-    examples = [make_example(tok, dict(prompt="p", response=f"{i}", opening="", label="benign"), 12, 255) for i in range(4)]
+    record = dict(prompt="p", response="r", opening="", label="benign")
+    examples = [make_example(tok, record, 12, 255) for _ in range(4)]
     layouts = read_ahead(team, [layout_of(examples, i, config, tok.flag_id) for i in range(4)])
     with pytest.raises(ValueError, match="no harmful answer.*--no-fit"):
         start_flag_rows(team, layouts, config)
