@@ -18,7 +18,7 @@ from frozen import read_ahead
 from objective import TERMS, Example, make_example, pad
 from packed import Packed
 from parallel import Team
-from train import TrainConfig, batch_of, make_optimizer, train_step
+from train import TrainConfig, batch_of, make_optimizer, run_order, train_step
 
 AHEAD = "nanoflag, records read ahead"  # as train.py does: what is frozen has been read before the loop
 LORA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -188,7 +188,8 @@ def train_bench(config):
     if peer is not None:
         known["transformers + peft"] = Peer(peer, job, model.config.vocab_size).step
     examples = examples_of(config, job, tok, model.config.max_position_embeddings - 1)
-    steps = [batch_of(s, examples, [], job, model.config.vocab_size) for s in range(config.rounds + 1)]
+    often, job = torch.ones(len(examples)), dataclasses.replace(job, steps=config.rounds + 1)
+    steps = [batch_of(records, often, examples, [], job, model.config.vocab_size) for records in run_order(often, job)]
     steps = [read_ahead(team, layouts) for layouts in steps]
     weights_mb = sum(p.numel() * p.element_size() for n, p in model.named_parameters()) / 1e6
     found = {"device": device_name(), "threads": torch.get_num_threads(), "dtype": config.dtype,

@@ -13,9 +13,6 @@ from checkpoint import fill
 from cli import say
 from objective import TERMS, by_length, read_frozen
 
-FIT_TOK = 16  # the flag row is fitted to an answer's positions up to so many behind the offset
-
-
 def read_ahead(team, layouts, batch=32):
     """The Layouts with `below` and `reference` (objective.py, read_frozen), on the CPU: no step reads them again."""
     parts, began, n = by_length(layouts, batch), time.perf_counter(), 0
@@ -51,19 +48,18 @@ def logsumexps(model, hidden):
 
 def start_flag_rows(team, layouts, config):
     """Sets the unembedding rows to a linear probe fitted on frozen hidden states, those of Layouts that have been read
-    ahead; returns the loss that is fitted, flag x mean -log f + benign x mean -log(1 - f), nats.
+    ahead. Returns the loss that is fitted, flag x mean -log f + benign x mean -log(1 - f), in nats, and how wrong the
+    row is about each record (len(layouts),): how much of the loss's gradient by the log-odds is at its positions.
 
     The unembedding has no bias: log f/(1-f) = w.h - logsumexp(old logits). With w = 0, or the mean of the old rows,
     that is 23 nats off, and the gradient that repairs it wrecks the words first. But logsumexp is nearly linear in
     h, so w starts as its ridge solution, which makes f about 1/2 everywhere, and is then fitted by L-BFGS to f's
-    targets at the first FIT_TOK positions, weighted as in the training to come. LoRA is left with what a linear probe
-    cannot see, and its first gradients are small.
+    targets, weighted as in the training to come. LoRA is left with what a linear probe cannot see, and its first
+    gradients are small.
     """
     terms = torch.tensor([t for x in layouts for t in x.terms])                                     # (N, len(TERMS))
     benign, flag = (terms[:, TERMS.index(name)] for name in ("benign", "flag"))           # (N,) each
-    place = torch.cat([torch.arange(len(x.at)) for x in layouts])
-    benign = benign * (place + 1.0) ** -config.short_benign  # so often an answer that is cut anew will reach it
-    asked = (benign + flag).bool() & (place < config.offset + FIT_TOK)
+    asked = (benign + flag).bool()
     if not flag[asked].any():
         raise ValueError("no harmful answer asks for the flag among those that its row is fitted to: give more harmful "
                          "records, or --no-fit")
@@ -91,5 +87,8 @@ def start_flag_rows(team, layouts, config):
     optimizer.step(closure)
     row = team.agree(w.detach())
     fill(team.model.flag_unembed, row.expand_as(team.model.flag_unembed))
+    record = torch.arange(len(layouts)).repeat_interleave(torch.tensor([len(x.at) for x in layouts]))[asked]
+    error = weight * ((H @ row - lse).sigmoid() - flag).abs()                                       # (n,)
+    wrong = error.new_zeros(len(layouts)).index_add(0, record.to(team.device), error)
     with torch.no_grad():
-        return cross_entropy().item()
+        return cross_entropy().item(), team.agree(wrong).cpu()

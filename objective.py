@@ -74,17 +74,14 @@ class Layout:
     reference_ids: list
     at: list            # index into ids
     reference_at: list  # index into reference_ids of the position that predicts the same word
-    terms: list         # a 0 or 1 for each of TERMS
+    terms: list         # how much it counts for each of TERMS
     target: list        # the next token (for after="ce")
     below: torch.Tensor | None = None      # (len(ids), C): what the blocks without LoRA make of ids, once it is read
     reference: torch.Tensor | None = None  # (len(at), C): the original model's final hidden states at reference_at
 
-    def first(self, n):
-        """The Layout of the answer's first n tokens alone; for answers without an inserted flag."""
-        end = self.at[0] + n  # at[0] is the prompt's last position
-        head = lambda x, size: None if x is None else x[:size]
-        return Layout(self.ids[:end], self.reference_ids[:end], self.at[:n], self.reference_at[:n], self.terms[:n],
-                      self.target[:n], head(self.below, end), head(self.reference, n))
+    def weighed(self, weight):
+        """The Layout, its positions counting `weight` times."""
+        return replace(self, terms=[[t * weight for t in at] for at in self.terms])
 
 
 def lay_out(example, insert_at, flag_id, offset, positions):

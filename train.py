@@ -9,7 +9,6 @@ where it stopped when the same command, without --fresh, is given again.
 Writes to --out: flag.safetensors, flag.json (settings, threshold, figures), log.jsonl (a line a step).
 """
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from calibrate import evaluate, print_table
 from checkpoint import whole
 from cli import first_process, option, parse, run, say
 from data.store import open_store, sha256
-from frozen import FIT_TOK, read_ahead, start_flag_rows
+from frozen import read_ahead, start_flag_rows
 from measures import conformal_threshold
 from model import Llama, LlamaConfig
 from parallel import Team
@@ -57,7 +56,10 @@ class TrainConfig:
     micro_batch: int = option(32, "answers in the model at once, in each process; fewer: less memory, same result")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
     short: float = option(1.0, "in training a harmful one is cut to t tokens or more with chance t^-short; 0: not cut")
-    short_benign: float = option(0.35, "the same for benign and borderline answers, anew in each step")
+    short_benign: float = option(0.35, "the same for benign and borderline answers")
+    hard: float = option(4.0, "the worse the fitted row judges a record, the more often it comes up, and counts the less "
+                              "for it: at most so many times the average, at least one part in so many; 1, --no-fit, or "
+                              "over 20,000 records: all alike")
     # the objective, see objective.py
     benign: float = option(20.0, "weight of L_benign")
     flag: float = option(1.0, "weight of L_flag")
@@ -108,6 +110,8 @@ class TrainConfig:
             problems.append(f"--seed is {self.seed}, wanted from 0 to 2^32 - 1")
         if not 0 <= self.average <= 1:
             problems.append(f"--average is {self.average}, wanted from 0 to 1")
+        if not 1 <= self.hard < math.inf:
+            problems.append(f"--hard is {self.hard}, wanted 1 or more")
         if not 0 < self.fpr < 1:
             problems.append(f"--fpr is {self.fpr}, wanted between 0 and 1")
         if not self.offset < self.max_answer:
@@ -118,35 +122,19 @@ class TrainConfig:
 # ------------------------------------------------------------------------------------------------ records
 
 def layout_of(examples, i, config, flag_id):
-    """Record i as it is laid out, once for the whole run: a harmful answer cut (--short), and the flag inserted into it,
-    at places drawn by seed and record; others whole. What tells harm from harmless is mostly said early, and a run that
-    reads short answers has time for more of them."""
+    """Record i as it is laid out, once for the whole run: the answer cut (--short, --short-benign), and the flag inserted
+    into a harmful one, at places drawn by seed and record. What tells harm from harmless is mostly said early, and a run
+    that reads short answers has time for more of them. A harmless one must raise no flag anywhere, for an answer's score
+    is its highest f: so these are cut later."""
     example = examples[i]
     cut, draw = torch.rand(2, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + i)).tolist()
-    if example.label == "harmful" and config.short:  # but never so short that the offset leaves no place for the flag
-        example = example.cut(max(power_law(cut, example.n_answer, config.short), config.offset + 1))
+    harmful = example.label == "harmful"
+    power = config.short if harmful else config.short_benign
+    if power:  # but a harmful one never so short that the offset leaves no place for the flag
+        example = example.cut(max(power_law(cut, example.n_answer, power), config.offset + 1 if harmful else 1))
     first = min(config.offset, example.n_answer - 1)
     insert_at = first + insertion(draw, example.n_answer - first, config.early)
     return goal(config).lay_out(example, insert_at, flag_id, config.offset, config.positions)
-
-
-def cut_at(step, i, config):
-    """How many tokens of record i's answer `step` trains on, if it is benign or borderline: cut anew in each step. An
-    answer's score is its highest f, so these must raise none anywhere; late positions, which few cuts reach, come from
-    other records in each epoch. (A harmful answer's states have the flag read into them, so it keeps its one cut.)"""
-    seed = ((config.seed * 1_000_003 + i) * 1_000_003 + step) % 2**63
-    draw = torch.rand(1, generator=torch.Generator().manual_seed(seed)).item()
-    return power_law(draw, config.max_answer, config.short_benign)
-
-
-def longest_cuts(n, config):
-    """For each of n records the longest of its cuts in all steps, 0 where it comes up in none. In a run that goes on
-    those behind it too: rounding depends on what is read together, and must not on where a run was interrupted."""
-    longest = [0] * n
-    for step in range(config.steps):
-        for i in step_records(step, n, config.batch, config.seed):
-            longest[i] = max(longest[i], cut_at(step, i, config))
-    return longest
 
 
 def power_law(draw, n, power):
@@ -179,26 +167,36 @@ def learning_rate(step, steps, warmup):
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def step_records(step, n, batch, seed):
-    """Which of n records a step trains on. Order, cuts and insertions depend on seed, step and record alone, so a
-    checkpoint need not hold any of them."""
-    places = [divmod(k, n) for k in range(step * batch, (step + 1) * batch)]
-    return [int(shuffled(n, seed * 1000 + epoch)[place]) for epoch, place in places]
+def how_often(wrong, hard):
+    """How often each record comes up, 1 on average, of how wrong the fitted row is about each (frozen.py): in proportion
+    to it, within bounds (--hard). As a record that comes up twice as often counts half (`batch_of`), the objective is the
+    same; but fewer steps go into what the start knows already, and the gradient is less noisy for it (importance
+    sampling: arXiv 1803.00942)."""
+    share = wrong / wrong.mean().clamp(min=1e-9)
+    for _ in range(20):  # bounds move the mean, and the mean the bounds
+        share = share.clamp(1 / hard, hard)
+        share = share / share.mean()
+    return share
 
 
-def batch_of(step, examples, layouts, config, flag_id):
+def run_order(often, config):
+    """Which record stands at each place of each step, (steps, batch). An epoch has as many places as there are records:
+    record i has often[i] of them, rounded up or down by chance, all in a random order."""
+    n, n_places = len(often), config.steps * config.batch
+    ends, epochs = often.double().cumsum(0) * (n / often.double().sum()), []                        # (n,)
+    for epoch in range(math.ceil(n_places / n)):
+        generator = torch.Generator().manual_seed(config.seed * 1000 + epoch)
+        marks = torch.arange(n) + torch.rand(1, generator=generator).double()
+        records = torch.searchsorted(ends, marks, right=True).clamp(max=n - 1)
+        epochs.append(records[torch.randperm(n, generator=generator)])
+    return torch.cat(epochs)[:n_places].view(config.steps, config.batch)
+
+
+def batch_of(records, often, examples, layouts, config, flag_id):
     """A step's Layouts, the shortest first: packed.py attends rows of like length side by side."""
-    batch = []
-    for i in step_records(step, len(examples), config.batch, config.seed):
-        layout = layouts[i] if layouts else layout_of(examples, i, config, flag_id)
-        cut = config.short_benign and examples[i].label != "harmful"
-        batch.append(layout.first(cut_at(step, i, config)) if cut else layout)
+    batch = [(layouts[i] if layouts else layout_of(examples, i, config, flag_id)).weighed(1 / often[i].item())
+             for i in records.tolist()]
     return sorted(batch, key=lambda x: len(x.ids))
-
-
-@functools.lru_cache(maxsize=2)  # the order of an epoch; a step may lie across two
-def shuffled(n, seed):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 def train_step(team, optimizer, layouts, config):
@@ -206,7 +204,7 @@ def train_step(team, optimizer, layouts, config):
     many positions were supervised."""
     names, count = goal(config).TERMS, torch.tensor([t for x in layouts for t in x.terms]).sum(0)
     settings = torch.tensor([getattr(config, t) for t in names])
-    weights = (settings / count.clamp(min=1)).to(team.device)  # over the whole step, not a micro-batch
+    weights = torch.where(count > 0, settings / count, 0).to(team.device)  # over the whole step, not a micro-batch
     mine, n = team.share(layouts), config.micro_batch
     optimizer.zero_grad()
     sums = team.gradients(lambda model, part: goal(config).objective(model, part, weights, config.after_loss),
@@ -227,23 +225,24 @@ def make_optimizer(model, config):
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), weight_decay=0.0)
 
 
-def ready(team, examples, config, flag_id, fit):
+def ready(team, examples, config, flag_id, often, fit):
     """All records as Layouts that have been read ahead; [] of more than N_KEPT, which are read when they come up. With
-    `fit` the flag's rows get their start from them, or from N_KEPT of them, drawn by seed."""
+    `fit` the flag's rows get their start from them, or from N_KEPT of them, drawn by seed; and all that were read are
+    told how often to come up, in `often`."""
     few = len(examples) <= N_KEPT
     if not (few or fit):
         return []
-    chosen = range(len(examples)) if few else shuffled(len(examples), config.seed)[:N_KEPT].sort().values.tolist()
-    layouts = [layout_of(examples, i, config, flag_id) for i in chosen]
-    if config.short_benign:  # what no cut will reach need not be read
-        longest = longest_cuts(len(examples), config) if few else [0] * len(examples)
-        layouts = [x if examples[i].label == "harmful" else x.first(max(longest[i], config.offset + FIT_TOK))
-                   for x, i in zip(layouts, chosen)]
-    layouts = read_ahead(team, layouts, min(32, config.micro_batch))
+    chosen = range(len(examples))
+    if not few:
+        generator = torch.Generator().manual_seed(config.seed)
+        chosen = torch.randperm(len(examples), generator=generator)[:N_KEPT].sort().values.tolist()
+    layouts = read_ahead(team, [layout_of(examples, i, config, flag_id) for i in chosen], min(32, config.micro_batch))
     if fit:
         began = time.perf_counter()
-        nll = start_flag_rows(team, layouts, config)
+        nll, wrong = start_flag_rows(team, layouts, config)
         say(f"flag row fitted on {len(layouts):,} answers: loss {nll:.3f} nats, {time.perf_counter() - began:.0f} s")
+        if few:
+            often.copy_(how_often(wrong, config.hard))
     return layouts if few else []
 
 
@@ -253,13 +252,16 @@ def train(team, examples, config, flag_id, out):
     parameters, optimizer = team.model.flag_parameters(), make_optimizer(team.model, config)
     mean = {n: torch.zeros_like(p) for n, p in parameters.items() if p.requires_grad}  # of the last steps' weights
     averaged = range(min(config.steps - 1, round(config.steps * (1 - config.average))), config.steps)
-    run, state = run_id(config, examples), {"parameters": parameters, "mean": mean}
+    often = torch.ones(len(examples))  # how often each record comes up
+    run, state = run_id(config, examples), {"parameters": parameters, "mean": mean, "records": {"often": often}}
     save = lambda step: team.save(out / "checkpoint.pt", optimizer, state, step=step, run=run)
     if config.fresh and team.first:
         (out / "checkpoint.pt").unlink(missing_ok=True)  # at once: killed before its first step, this run is to come again
     first = 0 if config.fresh else resume(team, out / "checkpoint.pt", optimizer, state, run)
     done = first == config.steps  # killed behind the last step
-    layouts = [] if config.finetune or done else ready(team, examples, config, flag_id, fit=config.fit and first == 0)
+    fit = config.fit and first == 0
+    layouts = [] if config.finetune or done else ready(team, examples, config, flag_id, often, fit)
+    order = run_order(often, config)
     if first == 0:
         save(0)  # marks --out as begun
     if team.first:
@@ -269,7 +271,7 @@ def train(team, examples, config, flag_id, out):
         start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, config.steps, config.warmup)
-        batch = batch_of(step, examples, layouts, config, flag_id)
+        batch = batch_of(order[step], often, examples, layouts, config, flag_id)
         terms, norm, n_supervised = train_step(team, optimizer, batch, config)
         if step in averaged:
             for n, total in mean.items():

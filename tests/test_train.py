@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import train
 from calibrate import evaluate, flag_probs, score
 from cli import parse
-from frozen import FIT_TOK, read_ahead, start_flag_rows
+from frozen import read_ahead, start_flag_rows
 from objective import make_example
 from parallel import Team
-from train import TrainConfig, batch_of, insertion, layout_of, learning_rate, power_law, ready, step_records
+from train import TrainConfig, batch_of, how_often, insertion, layout_of, learning_rate, power_law, ready, run_order
 
 SMALL = {"steps": 6, "batch": 4, "micro-batch": 2, "max-answer": 12, "save-every": 2, "short": 0, "short-benign": 0,
          "rank": 2, "lr": 0.01, "dtype": "float32", "device": "cpu"}
@@ -193,9 +195,8 @@ def test_it_overfits_a_few_answers_and_leaves_the_words(command, model, tok, aft
     assert evaluate(model, examples, 0.2)["benign_kl"] < 0.1
 
 
-@pytest.mark.parametrize("early, short, fit_tok", [(0.0, 0.0, 16), (2.0, 0.0, 16), (2.0, 0.5, 16), (0.0, 0.5, 3)])
-def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_path, monkeypatch, early, short, fit_tok):
-    monkeypatch.setattr("frozen.FIT_TOK", fit_tok)
+@pytest.mark.parametrize("early, short", [(0.0, 0.0), (2.0, 0.0), (2.0, 0.5), (0.0, 0.5)])
+def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_path, early, short):
     path = write_records(tmp_path / "r.jsonl", 20)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     swap = {"harmful": "benign", "benign": "harmful"}  # a few stand there with the other label too: no fit gets to 0
@@ -206,18 +207,20 @@ def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_p
                                  short_benign=short / 2, offset=1)
     team = Team("cpu").take(model)
     layouts = [layout_of(examples, i, config, tok.flag_id) for i in range(len(examples))]
-    nll = start_flag_rows(team, read_ahead(team, layouts), config)
-    harmful, benign, weight = [], [], []  # -log f and -log(1 - f) of each position that training asks for it
+    nll, wrong = start_flag_rows(team, read_ahead(team, layouts), config)
+    asked = []  # for each record f of the positions that training asks for a flag or for none
     for e, s, x in zip(examples, score(model, examples), layouts):
-        if e.label == "harmful":
-            flag_at = x.ids.index(tok.flag_id) - e.n_prompt
-            harmful += [-np.log(f) for t, f in enumerate(s["f"]) if 1 <= t <= flag_at and t < 1 + fit_tok]
-        else:
-            benign += [-np.log(1 - f) for f in s["f"][:1 + fit_tok]]
-            weight += [(t + 1) ** (-short / 2) for t in range(len(s["f"][:1 + fit_tok]))]  # so often a cut reaches t
-    measured = 0.5 * np.mean(harmful) + 2.0 * np.average(benign, weights=weight)
+        harmful = e.label == "harmful"
+        asked.append(np.array(s["f"][1:x.ids.index(tok.flag_id) - e.n_prompt + 1] if harmful else s["f"][:len(x.at)]))
+    harmful, benign = ([f for f, e in zip(asked, examples) if (e.label == "harmful") == kind] for kind in (True, False))
+    measured = 0.5 * np.mean(-np.log(np.concatenate(harmful))) + 2.0 * np.mean(-np.log(1 - np.concatenate(benign)))
     assert measured == pytest.approx(nll, rel=1e-3) and nll > 0.1
     assert measured < 0.5 * -np.log(0.2) + 2.0 * -np.log(0.8)  # the best that one constant f can do
+    n_harmful, n_benign = (sum(map(len, x)) for x in (harmful, benign))
+    slopes = [0.5 * sum(1 - f) / n_harmful if e.label == "harmful" else 2.0 * sum(f) / n_benign
+              for f, e in zip(asked, examples)]  # of the loss, by log-odds: f - 1 where a flag is asked for, f where none
+    np.testing.assert_allclose(wrong, slopes, rtol=1e-3, atol=1e-6)
+    assert max(slopes) > 3 * min(slopes)
 
 
 def test_a_fit_without_a_flag_to_fit_is_an_error(model, tok):
@@ -247,11 +250,36 @@ def test_insertions_fall_off_as_a_power_law():
 
 
 def test_each_record_comes_once_an_epoch():
-    steps = [step_records(s, 8, 4, seed=1) for s in range(40)]
+    order = lambda n, **settings: run_order(torch.ones(n), dataclasses.replace(TrainConfig(), **settings)).tolist()
+    steps = order(8, steps=40, batch=4, seed=1)
     epochs = [steps[2 * i] + steps[2 * i + 1] for i in range(20)]
     assert all(sorted(e) == list(range(8)) for e in epochs) and len(set(map(tuple, epochs))) > 15
-    assert sorted(step_records(0, 3, 6, seed=0)) == [0, 0, 1, 1, 2, 2]  # a step may hold more than an epoch
-    assert step_records(0, 8, 8, seed=0) != step_records(0, 8, 8, seed=1)
+    assert sorted(order(3, steps=1, batch=6)[0]) == [0, 0, 1, 1, 2, 2]  # a step may hold more than an epoch
+    assert order(8, steps=1, batch=8, seed=0) != order(8, steps=1, batch=8, seed=1)
+    assert order(8, steps=3, batch=5) == order(8, steps=9, batch=5)[:3]
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=60), st.sampled_from([1.0, 2.0, 4.0]), st.integers(0, 2**32 - 1))
+def test_hard_records_come_more_often_and_count_less(wrong, hard, seed):
+    often = how_often(torch.tensor(wrong), hard)
+    assert often.mean().item() == pytest.approx(1, rel=1e-4)
+    assert often.max() <= hard * 1.05 and often.min() >= 0.95 / hard
+    assert all(often[i] <= often[j] * 1.0001 for i, a in enumerate(wrong) for j, b in enumerate(wrong) if a <= b)
+    n, n_epochs = len(wrong), 40
+    config = dataclasses.replace(TrainConfig(), steps=n_epochs, batch=n, seed=seed)
+    for epoch in run_order(often, config):
+        count = torch.bincount(epoch, minlength=n)
+        assert ((count >= often.floor() - 1e-6) | (often % 1 < 1e-4)).all() and (count <= often.ceil() + 1).all()
+    times = torch.bincount(run_order(often, config).flatten(), minlength=n)
+    assert (times - n_epochs * often).abs().max() < 6 * n_epochs ** 0.5  # so each counts the same in the end
+
+
+def test_wrong_records_come_in_proportion_where_no_bound_bites():
+    torch.testing.assert_close(how_often(torch.tensor([1.0, 2.0, 3.0]), 4.0), torch.tensor([0.5, 1.0, 1.5]))
+    torch.testing.assert_close(how_often(torch.tensor([0.0, 0.0, 0.0]), 4.0), torch.ones(3))
+    assert (how_often(torch.tensor([0.0, 5.0, 100.0]), 1.0) == 1).all()
+    often = how_often(torch.tensor([0.0] * 50 + [1.0] * 50), 4.0)  # the bound lies at a quarter of the mean
+    torch.testing.assert_close(often[[0, 99]], torch.tensor([0.25, 1.75]), rtol=0.05, atol=0)
 
 
 def test_insertions_are_drawn_by_record_and_seed_alone(tok):
@@ -269,36 +297,34 @@ def test_insertions_are_drawn_by_record_and_seed_alone(tok):
 @pytest.mark.parametrize("label, power", [("harmful", 1.0), ("borderline", 0.5), ("benign", 0.5)])
 def test_answers_are_cut_by_a_power_law(tok, label, power):
     examples = [make_example(tok, dict(prompt="p", response="a" * 200, opening="", label=label), 64, 255)] * 4000
-    n_answer = lambda x: len(x.reference_ids) + 1 - examples[0].n_prompt
-    config = dataclasses.replace(TrainConfig(), batch=4000, short=1.0, short_benign=0.5)
-    lengths = np.array([n_answer(x) for x in batch_of(0, examples, [], config, tok.flag_id)])
+    config = dataclasses.replace(TrainConfig(), short=1.0, short_benign=0.5)
+    n_answer = lambda config, n: np.array([len(layout_of(examples, i, config, tok.flag_id).reference_ids) + 1
+                                           - examples[0].n_prompt for i in range(n)])
+    lengths = n_answer(config, 4000)
     assert lengths.min() == 1 and lengths.max() == 64
     for t in (2, 4, 16, 64):
         assert scipy.stats.binomtest(int((lengths >= t).sum()), 4000, t ** -power).pvalue > 1e-4
-    whole = dataclasses.replace(config, batch=9, short=0.0, short_benign=0.0)
-    assert [n_answer(x) for x in batch_of(0, examples, [], whole, tok.flag_id)] == [64] * 9
+    assert (lengths[:50] == n_answer(config, 50)).all()  # by record and seed alone
+    assert (lengths[:50] != n_answer(dataclasses.replace(config, seed=1), 50)).any()
+    assert (n_answer(dataclasses.replace(config, short=0.0, short_benign=0.0), 9) == 64).all()
     assert power_law(0.0, 5, 1.0) == 1 and power_law(1 - 2**-24, 5, 0.01) == 5
 
 
-def test_benign_answers_are_cut_anew_in_each_step_and_harmful_ones_once(tok):
-    both = [make_example(tok, dict(prompt="p", response="a" * 200, opening="", label=label), 64, 255)
-            for label in ("harmful", "benign")]
-    config = dataclasses.replace(TrainConfig(), batch=2, short=0.5, short_benign=0.5, seed=5)
-    kept = [layout_of(both, i, config, tok.flag_id) for i in range(2)]
-    drawn = [batch_of(step, both, layouts, config, tok.flag_id) for step in range(30) for layouts in ([], kept)]
-    assert drawn[::2] == drawn[1::2]  # whether they were read ahead or not
-    flags = lambda batch: [x for x in batch if tok.flag_id in x.ids]
-    assert all(flags(batch) == [kept[0]] for batch in drawn)
-    assert len({len(x.at) for batch in drawn for x in batch if x not in flags(batch)}) > 10
-
-
-def test_the_first_tokens_of_a_layout_are_the_layout_of_the_cut_answer(tok):
-    example = make_example(tok, dict(prompt="p", response="abcdefgh", opening="", label="benign"), 64, 255)
-    whole = layout_of([example], 0, TrainConfig(), tok.flag_id)
-    for n in range(1, example.n_answer + 1):
-        assert whole.first(n) == layout_of([example.cut(n)], 0, TrainConfig(), tok.flag_id)
-    read = dataclasses.replace(whole, below=torch.rand(len(whole.ids), 3), reference=torch.rand(len(whole.at), 3)).first(2)
-    assert read.below.shape == (len(read.ids), 3) and read.reference.shape == (2, 3) and len(read.at) == 2
+def test_a_record_that_comes_twice_counts_half(model, tok, tmp_path):
+    examples = [make_example(tok, json.loads(line), 12, 255)
+                for line in write_records(tmp_path / "r.jsonl", 4).read_text().splitlines()]
+    model.add_flag(rank=2, layers=1)
+    for p in model.flag_parameters().values():
+        torch.nn.init.normal_(p.data, std=0.2, generator=torch.Generator().manual_seed(3))
+    team, found = Team("cpu").take(model), []
+    for records, often in ((range(8), torch.ones(8)), ([0, 0, *range(1, 8), 7, 7, 7], torch.tensor([2.0, 1, 1, 1, 1, 1, 1, 4]))):
+        batch = batch_of(torch.tensor(records), often, examples, [], TrainConfig(), tok.flag_id)
+        assert [len(x.ids) for x in batch] == sorted(len(x.ids) for x in batch) and len(batch) == len(records)
+        optimizer = torch.optim.SGD([{"params": [p for p in model.flag_parameters().values() if p.requires_grad]}], lr=0.0)
+        terms, norm, _ = train.train_step(team, optimizer, batch, TrainConfig())
+        found.append([*terms.values(), norm, *(p.grad for p in model.flag_parameters().values() if p.grad is not None)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("rank, layers", [(2, 1), (2, None), (0, None)])
@@ -310,9 +336,8 @@ def test_a_step_is_the_same_whether_its_records_were_read_ahead_or_not(model, to
         torch.nn.init.normal_(p.data, std=0.2, generator=torch.Generator().manual_seed(3))
     team, config = Team("cpu").take(model), dataclasses.replace(TrainConfig(), micro_batch=4)
     plain = [layout_of(examples, i, config, tok.flag_id) for i in range(10)]
-    cut = lambda layouts: [x if e.label == "harmful" else x.first(2) for x, e in zip(layouts, examples)]
     found = []
-    for layouts in (cut(plain), cut(read_ahead(team, plain, batch=3))):
+    for layouts in (plain, read_ahead(team, plain, batch=3)):
         optimizer = torch.optim.SGD([{"params": [p for p in model.flag_parameters().values() if p.requires_grad]}], lr=0.0)
         terms, norm, n = train.train_step(team, optimizer, layouts, config)
         gradients = [p.grad for p in model.flag_parameters().values() if p.grad is not None]
@@ -334,25 +359,16 @@ def test_of_many_records_some_are_read_for_the_start_and_the_others_when_they_co
         torch.testing.assert_close(as_they_come[n], kept[n], rtol=1e-3, atol=5e-4)
 
 
-def test_no_more_is_read_ahead_than_the_cuts_and_the_fit_will_look_at(model, tok):
+def test_no_more_is_read_ahead_than_the_cut_answers(model, tok):
     record = lambda label: dict(prompt="p", response="a" * 200, opening="", label=label)
     examples = [make_example(tok, record(label), 64, 255) for label in ("harmful", "benign", "borderline") * 20]
     model.add_flag(rank=2, layers=1)
-    config = dataclasses.replace(TrainConfig(), batch=12, steps=7, seed=2)
-    layouts = ready(Team("cpu").take(model), examples, config, tok.flag_id, fit=False)
-    n_read, longest = [len(x.reference) for x in layouts], [0] * len(examples)
-    for step in range(config.steps):
-        for a, b in zip(*(batch_of(step, examples, known, config, tok.flag_id) for known in (layouts, [])), strict=True):
-            assert (a.ids, a.at, a.terms, a.target) == (b.ids, b.at, b.terms, b.target)
-            assert len(a.reference) == len(a.at) and len(a.below) == len(a.ids)
-        for i in step_records(step, len(examples), config.batch, config.seed):
-            longest[i] = max(longest[i], min(train.cut_at(step, i, config), 64))
-    for e, n, cut in zip(examples, n_read, longest):
-        assert e.label == "harmful" or n == max(cut, FIT_TOK)
-    assert len(set(n_read)) > 6 and min(longest) < FIT_TOK  # some need all, some but what the fit looks at
-    whole = dataclasses.replace(config, short_benign=0.0)
-    kept = ready(Team("cpu").take(model), examples, whole, tok.flag_id, fit=False)
-    assert all(len(x.reference) == 64 for e, x in zip(examples, kept) if e.label != "harmful")
+    config, often = dataclasses.replace(TrainConfig(), short_benign=0.5, seed=2), torch.ones(60)
+    layouts = ready(Team("cpu").take(model), examples, config, tok.flag_id, often, fit=False)
+    for known, plain in zip(*(batch_of(torch.arange(60), often, examples, x, config, tok.flag_id) for x in (layouts, []))):
+        assert (known.ids, known.at, known.terms, known.target) == (plain.ids, plain.at, plain.terms, plain.target)
+        assert len(known.reference) == len(known.at) and len(known.below) == len(known.ids)
+    assert len({len(x.at) for x in layouts}) > 6 and (often == 1).all()
 
 
 def test_the_start_is_fitted_on_all_records_or_on_some_drawn_by_seed(model, tok, monkeypatch):
@@ -361,16 +377,20 @@ def test_the_start_is_fitted_on_all_records_or_on_some_drawn_by_seed(model, tok,
     examples = [make_example(tok, r, 12, 255) for r in records]
     model.add_flag(rank=2, layers=1)
     team, seen = Team("cpu").take(model), []
-    monkeypatch.setattr("train.start_flag_rows", lambda team, layouts, config: seen.append(layouts) or 0.0)
-    pick = lambda seed: ready(team, examples, TrainConfig(seed=seed), tok.flag_id, fit=True)
+    monkeypatch.setattr("train.start_flag_rows", lambda team, layouts, config: seen.append(layouts) or (0.0, wrong))
+    wrong, often = torch.arange(30.0), torch.ones(30)
+    pick = lambda seed: ready(team, examples, TrainConfig(seed=seed), tok.flag_id, often, fit=True)
     prompts = lambda layouts: [tuple(x.reference_ids[:x.reference_at[0] + 1]) for x in layouts]
     kept = pick(0)
     assert kept is seen[0] and prompts(kept) == [tuple(e.ids[:e.n_prompt]) for e in examples]
+    assert (often == how_often(wrong, TrainConfig().hard)).all() and often[-1] > 1.5
     monkeypatch.setattr("train.N_KEPT", 10)
+    often.fill_(1)
     assert pick(0) == pick(0) == pick(1) == []
     drawn = [prompts(x) for x in seen[1:]]
     assert drawn[0] == drawn[1] != drawn[2] and all(len(x) == len(set(x)) == 10 for x in drawn)
-    assert ready(team, examples, TrainConfig(), tok.flag_id, fit=False) == [] and len(seen) == 4
+    assert ready(team, examples, TrainConfig(), tok.flag_id, often, fit=False) == [] and len(seen) == 4
+    assert (often == 1).all()  # of what was not read one knows nothing
 
 
 def test_the_learning_rate_is_never_zero_and_peaks_after_the_warm_up():
