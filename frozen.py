@@ -1,7 +1,7 @@
 """What training never changes, read once: the blocks below LoRA, and the original model's hidden states; and the start
 of the flag's rows, which is fitted to them.
 
-With LoRA in the upper 12 of 30 blocks that is 45% of a step's work, and records come up once or twice.
+With LoRA in the upper 12 of 30 blocks that is 45% of a step's work, and most records come up once or twice.
 """
 import dataclasses
 import time
@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from checkpoint import fill
 from cli import say
 from objective import TERMS, by_length, read_frozen
+
+FIT_TOK = 64  # the flag row is fitted to an answer's positions up to so many
+
 
 def read_ahead(team, layouts, batch=32):
     """The Layouts with `below` and `reference` (objective.py, read_frozen), on the CPU: no step reads them again."""
@@ -59,7 +62,8 @@ def start_flag_rows(team, layouts, config):
     """
     terms = torch.tensor([t for x in layouts for t in x.terms])                                     # (N, len(TERMS))
     benign, flag = (terms[:, TERMS.index(name)] for name in ("benign", "flag"))           # (N,) each
-    asked = (benign + flag).bool()
+    place = torch.cat([torch.arange(len(x.at)) for x in layouts])
+    asked = (benign + flag).bool() & (place < config.offset + FIT_TOK)
     if not flag[asked].any():
         raise ValueError("no harmful answer asks for the flag among those that its row is fitted to: give more harmful "
                          "records, or --no-fit")

@@ -53,13 +53,13 @@ class TrainConfig:
     # how long
     steps: int = option(600, "optimizer steps")
     batch: int = option(32, "answers a step")
-    micro_batch: int = option(32, "answers in the model at once, in each process; fewer: less memory, same result")
+    micro_batch: int = option(32, "answers in the model at once, in each process; fewer: less memory, other rounding")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
     short: float = option(1.0, "in training a harmful one is cut to t tokens or more with chance t^-short; 0: not cut")
     short_benign: float = option(0.35, "the same for benign and borderline answers")
     hard: float = option(4.0, "the worse the fitted row judges a record, the more often it comes up, and counts the less "
-                              "for it: at most so many times the average, at least one part in so many; 1, --no-fit, or "
-                              "over 20,000 records: all alike")
+                              "for it: about so many times the average at most, no less than one part in so many; 1, "
+                              "--no-fit, or over 20,000 records: all alike")
     # the objective, see objective.py
     benign: float = option(20.0, "weight of L_benign")
     flag: float = option(1.0, "weight of L_flag")
@@ -85,7 +85,7 @@ class TrainConfig:
     recompute: bool = option(False, "keep what goes into each block alone, compute the rest again: less memory, slower")
     fpr: float = option(0.01, "benign answers that may be flagged within --max-answer tokens, for the threshold")
     save_every: int = option(10, "steps between checkpoints")
-    seed: int = option(0, "of data order, insertions and LoRA")
+    seed: int = option(0, "of data order, cuts, insertions and LoRA")
     dtype: str = option("auto", "auto, float32 or bfloat16, of the frozen weights")
     device: str = option("auto", "auto, cuda, mps or cpu")
     shard: bool = option(False, "under torchrun: each process holds a part of the model, for those that do not fit")
@@ -110,8 +110,8 @@ class TrainConfig:
             problems.append(f"--seed is {self.seed}, wanted from 0 to 2^32 - 1")
         if not 0 <= self.average <= 1:
             problems.append(f"--average is {self.average}, wanted from 0 to 1")
-        if not 1 <= self.hard < math.inf:
-            problems.append(f"--hard is {self.hard}, wanted 1 or more")
+        if not 1 <= self.hard <= 100:
+            problems.append(f"--hard is {self.hard}, wanted from 1 to 100")
         if not 0 < self.fpr < 1:
             problems.append(f"--fpr is {self.fpr}, wanted between 0 and 1")
         if not self.offset < self.max_answer:
@@ -125,7 +125,7 @@ def layout_of(examples, i, config, flag_id):
     """Record i as it is laid out, once for the whole run: the answer cut (--short, --short-benign), and the flag inserted
     into a harmful one, at places drawn by seed and record. What tells harm from harmless is mostly said early, and a run
     that reads short answers has time for more of them. A harmless one must raise no flag anywhere, for an answer's score
-    is its highest f: so these are cut later."""
+    is its highest f: so more is left of these."""
     example = examples[i]
     cut, draw = torch.rand(2, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + i)).tolist()
     harmful = example.label == "harmful"
@@ -169,19 +169,21 @@ def learning_rate(step, steps, warmup):
 
 def how_often(wrong, hard):
     """How often each record comes up, 1 on average, of how wrong the fitted row is about each (frozen.py): in proportion
-    to it, within bounds (--hard). As a record that comes up twice as often counts half (`batch_of`), the objective is the
-    same; but fewer steps go into what the start knows already, and the gradient is less noisy for it (importance
-    sampling: arXiv 1803.00942)."""
-    share = wrong / wrong.mean().clamp(min=1e-9)
-    for _ in range(20):  # bounds move the mean, and the mean the bounds
-        share = share.clamp(1 / hard, hard)
-        share = share / share.mean()
-    return share
+    to it, but for the least and the most (--hard). So fewer steps go into what the start knows already (importance
+    sampling, arXiv 1803.00942). As a record that comes up twice as often counts half (`batch_of`), the objective is nearly
+    the same. Not quite, because a step's weights are divided by their own sum (`train_step`), which leans a little
+    towards the hard ones, but is far less noisy for L_words than a fixed divisor."""
+    often = wrong / wrong.mean().clamp(min=1e-9)
+    for _ in range(20):  # bounds move the mean, and the mean the bounds: the least ends somewhat above 1 / hard
+        often = often.clamp(1 / hard, hard)
+        often = often / often.mean()
+    return often
 
 
 def run_order(often, config):
-    """Which record stands at each place of each step, (steps, batch). An epoch has as many places as there are records:
-    record i has often[i] of them, rounded up or down by chance, all in a random order."""
+    """Which record stands at each place of each step, (steps, batch). An epoch has as many places as there are records.
+    Record i has often[i] of them, rounded up or down by chance (systematic sampling: records lie on a line, often[i] long
+    each, and marks stand at a distance of 1, the first at random); all are in a random order."""
     n, n_places = len(often), config.steps * config.batch
     ends, epochs = often.double().cumsum(0) * (n / often.double().sum()), []                        # (n,)
     for epoch in range(math.ceil(n_places / n)):
@@ -189,7 +191,7 @@ def run_order(often, config):
         marks = torch.arange(n) + torch.rand(1, generator=generator).double()
         records = torch.searchsorted(ends, marks, right=True).clamp(max=n - 1)
         epochs.append(records[torch.randperm(n, generator=generator)])
-    return torch.cat(epochs)[:n_places].view(config.steps, config.batch)
+    return torch.cat(epochs)[:n_places].clone().view(config.steps, config.batch)
 
 
 def batch_of(records, often, examples, layouts, config, flag_id):
@@ -227,8 +229,8 @@ def make_optimizer(model, config):
 
 def ready(team, examples, config, flag_id, often, fit):
     """All records as Layouts that have been read ahead; [] of more than N_KEPT, which are read when they come up. With
-    `fit` the flag's rows get their start from them, or from N_KEPT of them, drawn by seed; and all that were read are
-    told how often to come up, in `often`."""
+    `fit` the flag's rows get their start from them, or from N_KEPT of them, drawn by seed; and `often` is filled in, how
+    often each is to come up, if all were read."""
     few = len(examples) <= N_KEPT
     if not (few or fit):
         return []
@@ -243,6 +245,8 @@ def ready(team, examples, config, flag_id, often, fit):
         say(f"flag row fitted on {len(layouts):,} answers: loss {nll:.3f} nats, {time.perf_counter() - began:.0f} s")
         if few:
             often.copy_(how_often(wrong, config.hard))
+        elif config.hard > 1:
+            say(f"hard records come as often as others: there are more than {N_KEPT:,}")
     return layouts if few else []
 
 
@@ -253,16 +257,19 @@ def train(team, examples, config, flag_id, out):
     mean = {n: torch.zeros_like(p) for n, p in parameters.items() if p.requires_grad}  # of the last steps' weights
     averaged = range(min(config.steps - 1, round(config.steps * (1 - config.average))), config.steps)
     often = torch.ones(len(examples))  # how often each record comes up
-    run, state = run_id(config, examples), {"parameters": parameters, "mean": mean, "records": {"often": often}}
+    run, state = run_id(config, examples), {"parameters": parameters, "mean": mean}
+    if len(examples) <= N_KEPT:
+        state["records"] = {"often": often}
     save = lambda step: team.save(out / "checkpoint.pt", optimizer, state, step=step, run=run)
     if config.fresh and team.first:
         (out / "checkpoint.pt").unlink(missing_ok=True)  # at once: killed before its first step, this run is to come again
-    first = 0 if config.fresh else resume(team, out / "checkpoint.pt", optimizer, state, run)
+    begun = None if config.fresh else resume(team, out / "checkpoint.pt", optimizer, state, run)
+    first = begun or 0
     done = first == config.steps  # killed behind the last step
-    fit = config.fit and first == 0
+    fit = config.fit and begun is None
     layouts = [] if config.finetune or done else ready(team, examples, config, flag_id, often, fit)
-    order = run_order(often, config)
-    if first == 0:
+    order = team.agree(run_order(often, config).to(team.device)).cpu()
+    if begun is None:
         save(0)  # marks --out as begun
     if team.first:
         cut_log(out, first)
@@ -309,19 +316,19 @@ def cut_log(out, n_steps):
 
 def run_id(config, examples=None):
     """What two runs must share for one to go on with the other's checkpoint: the records, and all settings that change
-    more than the order of sums (--weights by its name alone, for a hash would read the whole model)."""
+    more than rounding (--weights by its name alone, for a hash would read the whole model)."""
     settings = {k: v for k, v in dataclasses.asdict(config).items()
                 if k not in ("out", "fresh", "save_every", "train", "dev", "tokens", "shard", "fpr", "device",
-                             "micro_batch", "recompute", "finetune", "adapter")}
+                             "micro_batch", "recompute", "finetune", "adapter", *["hard"] * bool(config.finetune))}
     adapter = {"adapter": sha256(Path(config.adapter) / "flag.safetensors")} if config.adapter else {}
     return settings | adapter | {"records": sha256(config.finetune) if config.finetune else examples.digest}
 
 
 def resume(team, path, optimizer, tensors, run):
-    """Goes on with an unfinished run that has the same run_id; returns its step, 0 where there is none."""
+    """Goes on with an unfinished run that has the same run_id; returns its step, None where there is none."""
     state = team.read(path)
     if state is None:
-        return 0
+        return None
     saved = state.get("run", {})
     differ = sorted(k for k in run.keys() | saved.keys() if run.get(k) != saved.get(k))
     if differ:
