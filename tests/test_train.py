@@ -269,7 +269,7 @@ def test_hard_records_come_more_often_and_count_less(wrong, hard, seed):
     assert often.mean().item() == pytest.approx(1, rel=1e-4)
     assert often.max() <= hard * 1.05 and often.min() >= 0.999 / hard
     assert all(often[i] <= often[j] * 1.0001 for i, a in enumerate(wrong) for j, b in enumerate(wrong) if a <= b)
-    n, n_epochs = len(wrong), 40
+    n, n_epochs = len(wrong), 4
     config = dataclasses.replace(TrainConfig(), steps=n_epochs, batch=n, seed=seed)
     for epoch in run_order(often, config):
         count = torch.bincount(epoch, minlength=n)
