@@ -13,7 +13,7 @@ from checkpoint import fill
 from cli import say
 from objective import TERMS, by_length, read_frozen
 
-FIT_TOK = 64  # the flag row is fitted to an answer's positions up to so many
+FIT_TOK = 64  # the flag row is fitted to an answer's positions up to so many behind the offset
 
 
 def read_ahead(team, layouts, batch=32):

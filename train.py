@@ -319,7 +319,8 @@ def run_id(config, examples=None):
     more than rounding (--weights by its name alone, for a hash would read the whole model)."""
     settings = {k: v for k, v in dataclasses.asdict(config).items()
                 if k not in ("out", "fresh", "save_every", "train", "dev", "tokens", "shard", "fpr", "device",
-                             "micro_batch", "recompute", "finetune", "adapter", *["hard"] * bool(config.finetune))}
+                             "micro_batch", "recompute", "finetune", "adapter")
+                and not (k == "hard" and config.finetune)}  # about the flag: changes nothing there
     adapter = {"adapter": sha256(Path(config.adapter) / "flag.safetensors")} if config.adapter else {}
     return settings | adapter | {"records": sha256(config.finetune) if config.finetune else examples.digest}
 

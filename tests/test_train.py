@@ -199,8 +199,9 @@ def test_it_overfits_a_few_answers_and_leaves_the_words(command, model, tok, aft
     assert evaluate(model, examples, 0.2)["benign_kl"] < 0.1
 
 
-@pytest.mark.parametrize("early, short", [(0.0, 0.0), (2.0, 0.0), (2.0, 0.5), (0.0, 0.5)])
-def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_path, early, short):
+@pytest.mark.parametrize("early, short, fit_tok", [(0.0, 0.0, 64), (2.0, 0.0, 64), (2.0, 0.5, 64), (0.0, 0.5, 3)])
+def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_path, monkeypatch, early, short, fit_tok):
+    monkeypatch.setattr("frozen.FIT_TOK", fit_tok)
     path = write_records(tmp_path / "r.jsonl", 20)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     swap = {"harmful": "benign", "benign": "harmful"}  # a few stand there with the other label too: no fit gets to 0
@@ -215,7 +216,8 @@ def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_p
     asked = []  # for each record f of the positions that training asks for a flag or for none
     for e, s, x in zip(examples, score(model, examples), layouts):
         harmful = e.label == "harmful"
-        asked.append(np.array(s["f"][1:x.ids.index(tok.flag_id) - e.n_prompt + 1] if harmful else s["f"][:len(x.at)]))
+        where = slice(1, x.ids.index(tok.flag_id) - e.n_prompt + 1) if harmful else slice(0, len(x.at))
+        asked.append(np.array(s["f"][:1 + fit_tok][where]))
     harmful, benign = ([f for f, e in zip(asked, examples) if (e.label == "harmful") == kind] for kind in (True, False))
     measured = 0.5 * np.mean(-np.log(np.concatenate(harmful))) + 2.0 * np.mean(-np.log(1 - np.concatenate(benign)))
     assert measured == pytest.approx(nll, rel=1e-3) and nll > 0.1
