@@ -43,13 +43,14 @@ def parse(Config, argv, description=None):
         name, value = "--" + f.name.replace("_", "-"), values[f.name]
         if value is MISSING:
             problems.append(f"{name} needs a value")
+            values[f.name] = f.default  # so that the other settings are looked at all the same
         elif isinstance(value, str):
             try:
                 values[f.name] = kind(value)
             except ValueError:
                 problems.append(f"{name} is {value!r}, wanted {'a whole number' if kind is int else 'a number'}")
-    if not problems:
-        problems = Config(**values).problems()
+                values[f.name] = f.default
+    problems += Config(**values).problems()
     if problems:
         raise ValueError("; ".join(problems))
     return Config(**values)
