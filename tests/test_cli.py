@@ -169,7 +169,8 @@ before = state()
 import answer, attacks, baselines, bench, calibrate, chat, checkpoint, cli, costs, decode, eval, measures, memory
 import model, objective, page, prompts, record, reflect, report, sample, tokenizer, train, words, data.prepare, data.smollm2
 assert state() == before
-assert not {{"transformers", "tokenizers", "peft", "gguf", "matplotlib", "scipy"}} & set(sys.modules), "a package that run time does not need"
+unneeded = {{"transformers", "tokenizers", "peft", "trl", "accelerate", "gguf", "matplotlib", "scipy"}}
+assert not unneeded & set(sys.modules), "a package that run time does not need"
 """
     p = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (p.returncode, p.stdout, p.stderr) == (0, "", "")
@@ -252,6 +253,16 @@ def test_json_is_one_line_a_prompt_with_exactly_the_documented_keys(sample, tmp_
         assert (a["flagged"], a["flag_at"]) == (bool(above), above[0] if above else None)
         assert a["score"] == (max(a["flag_prob"]) if mode != "off" else None)
         assert len(a["flag_prob"]) == (0 if mode == "off" else len(a["tokens"]) + (a["stop_reason"] != "length"))
+
+
+def test_a_prefill_on_the_command_line_is_that_of_a_file(sample, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "hello", "prefill": "Sure, the"}) + "\n")
+    given = sample("--prompt", "hello", "--prefill", "Sure, the", "--mode", "shadow", "--json")
+    assert given[0] == 0 and given[1] == sample("--prompts", file, "--mode", "shadow", "--json")[1]
+    assert json.loads(given[1])["text"].startswith("Sure, the")
+    code, out, _ = sample("--prompt", "hello", "--prefill", "Sure, the", "--mode", "shadow")
+    assert (code, out) == (0, json.loads(given[1])["text"] + "\n")
 
 
 def test_one_prompt_streams_its_text_to_stdout_and_statistics_to_stderr(sample):

@@ -296,6 +296,25 @@ def test_dev_shares_no_prompt_and_no_template_with_train():
     assert {words_of(r)[:4] for r in train} & {words_of(r)[:4] for r in dev} == set()
 
 
+def test_dev_shares_no_two_rare_words_with_a_prompt_of_train():
+    """A topic's trace: words of five letters or more, by their first six, that stand in at most 30 prompts of all sets.
+    (That dev shares no topic with train was judged by reading, see data/README.md; this is what can be tested of it.)"""
+    said = lambda r: r["prompt"] if isinstance(r["prompt"], str) else " ".join(
+        m["content"] for m in r["prompt"] if m["role"] != "system")
+    words = lambda r: {w[:6] for w in re.findall(r"[^\W\d_]{5,}", said(r).lower())}
+    train, dev = distinct(mini("train") + mini("more")), distinct(mini("dev"))
+    prompts_with = collections.Counter(w for r in train + dev for w in words(r))
+    train_with = collections.defaultdict(list)
+    for i, r in enumerate(train):
+        for w in words(r):
+            train_with[w].append(i)
+    rare = lambda r: [w for w in words(r) if prompts_with[w] <= 30]
+    shared = {said(r): [said(train[i]) for i, n in collections.Counter(
+        i for w in rare(r) for i in train_with[w]).items() if n >= 2] for r in dev}
+    assert sum(map(len, map(rare, dev))) > 1000  # it looks at something
+    assert {prompt: others for prompt, others in shared.items() if others} == {}
+
+
 @pytest.mark.parametrize("label", ["harmful", "borderline", "benign"])
 def test_bundled_prompts_go_from_three_words_to_three_sentences(label):
     prompts = [r["prompt"] for r in distinct(mini("train")) if r["label"] == label and isinstance(r["prompt"], str)]

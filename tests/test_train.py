@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import train
-from calibrate import evaluate, flag_probs, score
+from calibrate import evaluate, flag_probs, print_table, score
 from cli import parse
 from frozen import read_ahead, start_flag_rows
-from objective import make_example
+from objective import Example, make_example
 from parallel import Team
 from train import TrainConfig, batch_of, how_often, insertion, layout_of, learning_rate, power_law, ready, run_order
 
@@ -426,6 +426,43 @@ def test_the_learning_rate_is_never_zero_and_peaks_after_the_warm_up():
     assert learning_rate(0, 1, 0) == 1
 
 
+def test_the_learning_rate_falls_as_a_cosine_to_a_tenth():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=0.1)
+    for step in range(10, 50):
+        assert learning_rate(step, 50, 10) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+        optimizer.step()
+        cosine.step()
+    assert learning_rate(50, 50, 10) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_the_flags_rows_and_lora_move_at_their_own_rates(command, layers):
+    """AdamW's first step moves each number by the rate, whatever its gradient."""
+    start, end = (load_file(command(f"out{lr}", layers=layers, no_fit=True, steps=1, warmup=0, average=0, lr=lr,
+                                    flag_lr=flag_lr) / "flag.safetensors") for lr, flag_lr in ((0.0, 0.0), (1e-2, 1e-4)))
+    moved = {n: (end[n] - start[n]).abs() for n in start}
+    assert moved["flag_unembed"].max().item() == pytest.approx(1e-4, rel=1e-2)
+    assert moved["flag_embed"].max().item() == pytest.approx(1e-4 if layers == 0 else 0, rel=1e-2)
+    lora_b = [m.max().item() for n, m in moved.items() if n.endswith("lora_B")]
+    assert lora_b and max(lora_b) == pytest.approx(1e-2, rel=1e-2)
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e9])
+def test_the_gradient_is_clipped_to_its_norm_over_all_parameters(model, tok, clip):
+    model.add_flag(rank=2)
+    config = dataclasses.replace(TrainConfig(), clip=clip, batch=2)
+    team, optimizer, grads = Team("cpu").take(model), train.make_optimizer(model, config), []
+    optimizer.step = lambda: grads.extend(p.grad.clone() for g in optimizer.param_groups for p in g["params"])
+    records = [dict(prompt="p", response="bad words", opening="", label=label) for label in ("harmful", "benign")]
+    examples = [make_example(tok, r, 12, 255) for r in records]
+    layouts = [layout_of(examples, i, config, tok.flag_id) for i in range(2)]
+    _, norm, _ = train.train_step(team, optimizer, layouts, config)
+    left = torch.cat([g.flatten() for g in grads]).norm().item()
+    assert norm > 1e-3 and left == pytest.approx(min(norm, clip), rel=1e-3)
+
+
 # ----------------------------------------------------------------------------------------------- figures
 
 def test_scores_are_those_of_a_plain_forward(flagged, tok):
@@ -461,6 +498,44 @@ def test_the_table_has_every_answer_s_f_and_the_words_of_some(flagged, tok, monk
         assert found["harmful_words_kl"] == pytest.approx(mean("kl_q", harmful), rel=1e-4)
         assert found["threshold"] == pytest.approx(sorted(top[:5])[3], rel=1e-4)  # the ceil(6 x 0.6)-th
         assert found["answers"] == {"benign": 5, "borderline": 1, "harmful_opening": 0, "harmful_direct": 3}
+
+
+def test_the_table_pairs_each_kind_of_answer_with_the_right_others(monkeypatch):
+    """f by hand: an answer's score is its highest f, wherever it comes."""
+    answers = [("benign", "", [0.1, 0.3]), ("benign", "", [0.2, 0.1]), ("benign", "", [0.4, 0.0]),
+               ("borderline", "", [0.5]), ("borderline", "yes", [0.0, 0.25]),
+               ("harmful", "sure", [0.35, 0.1]), ("harmful", "sure", [0.1, 0.9]),
+               ("harmful", "", [0.15, 0.05]), ("harmful", "", [0.6])]
+    examples = [Example([1] * (2 + len(f)), 2, label, bool(opening)) for label, opening, f in answers]
+    f_of = {id(e): f for e, (_, _, f) in zip(examples, answers)}
+    monkeypatch.setattr("calibrate.score", lambda model, part, batch, spread, words: [
+        {"f": f_of[id(e)]} | ({"kl_q": [1.0] * len(f_of[id(e)]), "kl_pi": [3.0] * len(f_of[id(e)])} if words else {})
+        for e in part])
+    found = evaluate(None, examples, 0.5)
+    of = lambda label, opening=None: [max(f) for n, o, f in answers if n == label and opening in (None, bool(o))]
+    for name, opening in (("opening", True), ("direct", False)):
+        for other in ("benign", "borderline"):
+            high, low = of("harmful", opening), of(other)
+            u = scipy.stats.mannwhitneyu(high, low).statistic / (len(high) * len(low))
+            assert found["auroc"][f"{name}_vs_{other}"] == pytest.approx(u)
+    assert found["threshold"] == 0.3  # the ceil(4 x 0.5)-th of 0.2, 0.3, 0.4
+    assert found["flagged"] == {"benign": pytest.approx(1 / 3), "borderline": 0.5, "harmful_opening": 1.0,
+                                "harmful_direct": 0.5}
+    assert (found["benign_kl"], found["harmful_words_kl"]) == (3.0, 1.0)
+
+
+def test_the_table_for_a_reader(capsys):
+    figures = {"threshold": 0.1234567, "fpr": 0.01, "benign_kl": 0.00421, "harmful_words_kl": None,
+               "answers": {"benign": 200, "borderline": 0, "harmful_opening": 8, "harmful_direct": 7},
+               "flagged": {"benign": 0.005, "borderline": None, "harmful_opening": 0.875, "harmful_direct": 0.0},
+               "auroc": {"opening_vs_benign": 0.98765, "direct_vs_benign": 0.9, "opening_vs_borderline": None,
+                         "direct_vs_borderline": None}, "minutes": 13.94, "peak_memory_mb": 3871.6}
+    print_table(figures)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[1:5] == ["harmful, with opening 8 87.5% 0.9877 -".split(), "harmful, without 7 0.0% 0.9000 -".split(),
+                         "borderline 0 -".split(), "benign (calibrated on) 200 0.5%".split()]
+    assert rows[6][-1] == "0.123457" and "0.0042" in rows[7] and rows[8][-4] == "-" and rows[9][-4:] == [
+        "13.9", "min,", "3872", "MB"]
 
 
 # ------------------------------------------------------------------------------------------------ errors
