@@ -9,17 +9,23 @@ from measures import auroc, conformal_threshold
 from objective import by_length, decompose, flag_prob
 from packed import read, read_both
 
+# Answers read at once, and positions whose logits exist at a time; a GPU waits for each launch
+BATCH, CHUNK = {"cpu": 16}, {"cpu": 160}
+BATCH_ELSEWHERE, CHUNK_ELSEWHERE = 128, 2048
 N_KL = 360  # answers of a label, at most, whose words are compared with the original model's: it reads as long again
 
 
-def score(model, examples, batch=16, chunk=160, spread=None, words=True):
+def score(model, examples, batch=None, chunk=None, spread=None, words=True):
     """For each Example a dict of lists over its answer positions: f, and with `words` kl_q = KL(pi_0 || q),
     kl_pi = KL(pi_0 || pi), the answer's own words' -log q and -log pi_0 (nll_q, nll_0), and whether both models'
     likeliest word is the same, for twice the work.
 
     The answer is read as it stands, without any flag in it (what mode shadow sees). Nats; f in double precision.
+    `batch` answers are read at once (default: 16, on a GPU 128), and `chunk` positions have logits at a time (160; 2048).
     `spread` spreads the work over several processes (parallel.py, Team.spread).
     """
+    kind = model.inv_freq.device.type
+    batch, chunk = batch or BATCH.get(kind, BATCH_ELSEWHERE), chunk or CHUNK.get(kind, CHUNK_ELSEWHERE)
     found, parts = [None] * len(examples), by_length(examples, batch)
     together = score_together if words else flags_together
     work = lambda model, part: together(model, [examples[i] for i in part], chunk)
@@ -57,12 +63,12 @@ def flags_together(model, examples, chunk):
     return [{"f": x.tolist()} for x in f.split([len(h) for h in hidden])]
 
 
-def flag_probs(model, examples, batch=16):
+def flag_probs(model, examples, batch=None):
     """For each Example the list of f over its answer positions."""
     return [s["f"] for s in score(model, examples, batch, words=False)]
 
 
-def evaluate(model, examples, fpr, spread=None, batch=16):
+def evaluate(model, examples, fpr, spread=None, batch=None):
     """The table's figures, on development answers: threshold, KLs (of N_KL a label at most), AUROCs, flagged shares."""
     of = lambda label: [i for i, e in enumerate(examples) if e.label == label]
     compared = {i for label in ("benign", "harmful") for i in of(label)[::math.ceil(len(of(label)) / N_KL) or 1]}

@@ -19,6 +19,10 @@ from model import attend, visible
 
 WORTH = 8  # tokens: less is not shared by two rows alone, for each start costs products of its own
 SIDE_BY_SIDE = 8  # rows of like length attended together: more share their products, fewer waste less on padding
+# Up to so many tokens attend to all the others under one mask, which holds the rows' borders: for a GPU that is less work
+# than to start a product for each few rows. A CPU would spend most of its time on what the mask hides.
+ONE_MASK = {"cpu": 0}
+ONE_MASK_ELSEWHERE = 8192
 ROUND = 64  # N is a multiple: for each size that it meets oneDNN compiles products and keeps them, megabytes of code
 
 
@@ -46,6 +50,10 @@ class Packed:
         spare = -len(self.ids) % ROUND
         self.ids, positions = self.ids + [0] * spare, positions + [0] * spare
         self.at = torch.tensor(positions, device=device)[None]                                      # (1, N)
+        self.sees = self.groups = self.back = None
+        if len(self.ids) <= ONE_MASK.get(torch.device(device).type, ONE_MASK_ELSEWHERE):
+            self.sees = one_mask(segments, len(self.ids)).to(device)                                # (1, 1, N, N)
+            return
         self.groups = [Group(start, members[i:i + SIDE_BY_SIDE], device) for start, members in segments.items()
                        for members in [sorted(members, key=lambda m: len(m[0]))]
                        for i in range(0, len(members), SIDE_BY_SIDE)]
@@ -61,6 +69,9 @@ class Packed:
 
     def attend(self, layer, q, k, v, mask):
         """Attention (1, H, N, D) of q to k, v (1, K, N, D), each token to those before it in its row."""
+        if self.sees is not None:  # k and v repeated for the query heads that share them: so the fused kernel takes a mask
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.sees)
         D = q.shape[3]
         q, k, v = (x[0].transpose(0, 1).flatten(1) for x in (q, k, v))                              # (N, H D), (N, K D)
         pick = lambda x, where: nn.functional.embedding(where, x)  # its backward is quicker than that of x[where]
@@ -70,6 +81,15 @@ class Packed:
             y = attend(take(q, g.queries), take(k, g.keys), take(v, g.keys), g.mask)                # (B, H, T, D)
             found.append(pick(y.transpose(1, 2).flatten(0, 1).flatten(1), g.real))                  # (n, H D)
         return pick(torch.cat(found), self.back).unflatten(-1, (-1, D)).transpose(0, 1)[None]       # (1, H, N, D)
+
+
+def one_mask(segments, n):
+    """Which of n places each of them sees, (1, 1, n, n): those of its row, up to itself."""
+    sees = torch.eye(n, dtype=torch.bool)  # the spare ones themselves: to see nothing would be 0 / 0
+    for start, members in segments.items():
+        for new, path in members:
+            sees[new.start:new.stop, path] = visible(torch.arange(start, start + len(new))[None], start)[0, 0]
+    return sees[None, None]
 
 
 class Group:

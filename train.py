@@ -227,6 +227,11 @@ def make_optimizer(model, config):
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), weight_decay=0.0)
 
 
+def at_once(config, team, on_cpu):
+    """Answers that are read at once where no gradient is needed: on a CPU so many, a GPU has room for more."""
+    return min(on_cpu, config.micro_batch) if team.device.type == "cpu" else 4 * config.micro_batch
+
+
 def ready(team, examples, config, flag_id, often, fit):
     """All records as Layouts that have been read ahead; [] of more than N_KEPT, which are read when they come up. With
     `fit` the flag's rows get their start from them, or from N_KEPT of them, drawn by seed; and `often` is filled in, how
@@ -238,7 +243,7 @@ def ready(team, examples, config, flag_id, often, fit):
     if not few:
         generator = torch.Generator().manual_seed(config.seed)
         chosen = torch.randperm(len(examples), generator=generator)[:N_KEPT].sort().values.tolist()
-    layouts = read_ahead(team, [layout_of(examples, i, config, flag_id) for i in chosen], min(32, config.micro_batch))
+    layouts = read_ahead(team, [layout_of(examples, i, config, flag_id) for i in chosen], at_once(config, team, 32))
     if fit:
         began = time.perf_counter()
         nll, wrong = start_flag_rows(team, layouts, config)
@@ -409,7 +414,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()))
     train(team, examples, config, tok.flag_id, out)
-    figures = evaluate(team.model, dev, config.fpr, team.spread, min(16, config.micro_batch))
+    figures = evaluate(team.model, dev, config.fpr, team.spread, at_once(config, team, 16))
     figures |= {"minutes": (time.perf_counter() - began) / 60, "peak_memory_mb": peak_memory_mb(team.device)}
     team.model.threshold = figures["threshold"]
     team.model.save_flag(out, settings=dataclasses.asdict(config), figures=figures)

@@ -273,9 +273,11 @@ def test_packed_rows_hold_what_they_have_in_common_once(rows, worth):
 @pytest.mark.parametrize("rows", [
     [[5, 6, 7, 8, 9], [5, 6, 7, 20], [5, 6, 7, 8, 30, 31, 32]], [[5, 6], [7], [8, 9, 10, 11]], [[5, 6, 7]],
     [[5, 6, 7, RF, 8, 9], [5, 6, 7, 8, 9], [5, 6, 7, 8, 9], [5, 6]]])
-@pytest.mark.parametrize("side_by_side", [1, 2, 8])
+@pytest.mark.parametrize("side_by_side", [1, 2, 8, None])  # None: under one mask, as on a GPU
 def test_a_common_beginning_is_read_once_with_the_same_states_and_gradients(flagged, rows, side_by_side, monkeypatch):
     monkeypatch.setattr("packed.SIDE_BY_SIDE", side_by_side)
+    monkeypatch.setattr("packed.ONE_MASK", {"cpu": 0 if side_by_side else ROUND})
+    assert (Packed(rows, "cpu").sees is None) == bool(side_by_side)
     grads = []
     whole = [range(len(row)) for row in rows]
     for states in (read(flagged, rows, whole), [flagged(torch.tensor([r]))[0] for r in rows]):
