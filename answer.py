@@ -6,6 +6,7 @@ Where the row is to go on elsewhere than where the device is (a reflection begin
 and the device starts anew from the row's ids.
 """
 import itertools
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,8 @@ class Answer:
     prompt: str | list
     text: str             # what a reader saw
     flagged: bool
-    flag_at: int | None   # where the flag was first raised: f > threshold, there and at the debounce - 1 before
-    score: float | None   # the highest f read, of what was taken back too; None in mode off
+    flag_at: int | None   # where the flag was first raised: f > threshold, there and at the debounce - 1 before, if any
+    score: float | None   # the highest f that lasted `debounce` positions, of what was taken back too; None in mode off
     flag_prob: list
     tokens: list          # ids
     stop_reason: str      # eos, length, flag, stop (one of the stop strings), cancelled; transcript where it was read
@@ -59,8 +60,8 @@ class Event:
 
 def flag_place(f, threshold, debounce):
     """(the first position with f > threshold there and at the debounce - 1 before it, or None; how many positions
-    above it the list ends with)."""
-    run = 0
+    above it the list ends with). What would lie before an answer's first position counts as above."""
+    run = debounce - 1
     for t, x in enumerate(f):
         run = 0 if x <= threshold else run + 1  # NaN is above
         if run == debounce:
@@ -104,7 +105,8 @@ class Row:
         self.branch = self.said = None                           # where an undecided reflection begins; its own words
         self.first = 0                                           # where the last one that stayed was decided
         self.flag_at, self.score, self.n_raised, self.spent, self.stop_reason = None, None, 0, 0, None
-        self.go(run=0)
+        self.latest = deque(maxlen=s.debounce)                   # f, as it was read
+        self.go(run=s.debounce - 1)
 
     def go(self, queue=(), quiet=0, wait=False, run=0):
         """How the device is to go on behind ids: ids to force, positions without a decision, waiting for a low f."""
@@ -140,7 +142,8 @@ class Row:
 
     def step(self, token, f, state):
         """What a step of the device did."""
-        self.score = f if self.score is None else max(self.score, f)
+        self.latest.append(f)
+        self.score = max(min(self.latest), self.score or 0.0)
         if state == FLAGGED:
             yield from self.raise_flag(f)
         elif state == DONE and token in self.tok.stop_ids:

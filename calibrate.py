@@ -5,7 +5,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from measures import auroc, conformal_threshold
+from measures import auroc, conformal_threshold, sustained
 from objective import by_length, decompose, flag_prob
 from packed import read, read_both
 
@@ -69,7 +69,8 @@ def flag_probs(model, examples, batch=None):
 
 
 def evaluate(model, examples, fpr, spread=None, batch=None):
-    """The table's figures, on development answers: threshold, KLs (of N_KL a label at most), AUROCs, flagged shares."""
+    """The table's figures, on development answers: threshold, KLs (of N_KL a label at most), AUROCs, flagged shares. An
+    answer's score is the highest f that lasts model.debounce positions (measures.py, sustained)."""
     of = lambda label: [i for i, e in enumerate(examples) if e.label == label]
     compared = {i for label in ("benign", "harmful") for i in of(label)[::math.ceil(len(of(label)) / N_KL) or 1]}
     scores = [None] * len(examples)
@@ -81,7 +82,7 @@ def evaluate(model, examples, fpr, spread=None, batch=None):
     kl = {"benign": [], "harmful": []}
     for e, s in zip(examples, scores):
         kind = e.label if e.label != "harmful" else "harmful_opening" if e.opening else "harmful_direct"
-        kinds[kind].append(max(s["f"]))
+        kinds[kind].append(max(sustained(s["f"], model.debounce)))
         if "kl_q" in s:
             kl[e.label] += s["kl_pi"] if e.label == "benign" else s["kl_q"]
     threshold = conformal_threshold(kinds["benign"], fpr)

@@ -194,8 +194,8 @@ def read_adapter(folder, weights, force=False):
     number = lambda x: isinstance(x, (int, float))
     good = {"n_flags": lambda x: isinstance(x, int) and x >= 1, "rank": lambda x: isinstance(x, int) and x >= 0,
             "alpha": number, "threshold": lambda x: x is None or number(x), "base_sha256": lambda x: isinstance(x, str)}
-    if "layers" in info:  # older adapters lack it
-        good["layers"] = lambda x: isinstance(x, int) and x >= 0
+    newer = {"layers": lambda x: isinstance(x, int) and x >= 0, "debounce": lambda x: isinstance(x, int) and x >= 1}
+    good |= {k: right for k, right in newer.items() if k in info}  # older adapters lack them
     problems = [f"lacks {k}" if k not in info else f"{k} is {info[k]!r}" for k, right in good.items()
                 if k not in info or not right(info[k])]
     if problems:

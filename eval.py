@@ -28,7 +28,7 @@ from calibrate import flag_probs
 from checkpoint import read_adapter
 from cli import option, parse, run, say
 from data.prepare import LABELS, read_records, read_requests
-from measures import first_above
+from measures import first_above, sustained
 from model import Llama
 from objective import Example, flag_prob, make_example
 from record import Progress, Run, digest
@@ -165,7 +165,7 @@ def answer(model, tok, label, attack, seed, requests, config, common):
     answers = generate(model, tok, [item for _, item in written], "shadow", config.n_new(attack), batch_size=BATCH,
                        **settings)
     made += [result | {"tokens": a.tokens, "flag_prob": a.flag_prob} for (result, _), a in zip(written, answers)]
-    return [measure(r, tok, model.threshold) for r in made]
+    return [measure(r, tok, model.threshold, model.debounce) for r in made]
 
 
 @torch.no_grad()
@@ -176,9 +176,9 @@ def read_moved(model, item):
     return flag_prob(*model.split_logits(hidden)).tolist()
 
 
-def measure(result, tok, threshold):
-    """The result with score = max f, f at the first position, the highest f behind the prefill, where it is flagged."""
-    f = result["flag_prob"]
+def measure(result, tok, threshold, debounce):
+    """The result with its score, f at the first position, the score behind the prefill, and where it is flagged."""
+    f = sustained(result["flag_prob"], debounce)
     return result | {"score": max(f), "first": f[0], "score_new": max(f[result["n_prefill"]:], default=None),
                      "flag_at": first_above(f, threshold), "text": tok.decode(result["tokens"])}
 
@@ -207,13 +207,13 @@ def splice(tok, sets, n):
 
 # --------------------------------------------------------------------------------------------------- the run
 
-def identity(config, sets, threshold):
+def identity(config, sets, threshold, debounce):
     """What two runs must share for one to go on with the other's results; attacks may be added."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in (
         "adapter", "attack", "harmful", "benign", "borderline", "compare", "classifier", "train", "utility", "plot",
         "out", "weights", "fresh", "reattach", "customer", "summary")}
     return settings | {"adapter": digest((Path(config.adapter) / "flag.safetensors").read_bytes()),
-                       "records": digest(json.dumps(sets).encode()), "threshold": threshold}
+                       "records": digest(json.dumps(sets).encode()), "threshold": threshold, "debounce": debounce}
 
 
 def name_of(batch):
@@ -276,7 +276,8 @@ def compare(model, tok, folders, record, progress):
             continue
         threshold = model.load_flag(folder)["threshold"]
         for r, f in zip(todo, flag_probs(model, [example_of(tok, r) for r in todo])):
-            r.setdefault("others", {}).update({folder: max(f), f"{folder}, first position alone": f[0]})
+            r.setdefault("others", {}).update(
+                {folder: max(sustained(f, model.debounce)), f"{folder}, first position alone": f[0]})
         record.rewrite()
         record.save("compared with", known | {folder: {"sha256": sha, "threshold": threshold}})
         progress.done(("compare", folder), f"{len(todo)} answers read by {folder}")
@@ -309,7 +310,7 @@ def measure_costs(model, tok, sets, problems, config, record, progress):
 
     def onsets():
         made = splice(tok, sets, 2 * n)
-        return [{"onset": onset, "flag_prob": f}
+        return [{"onset": onset, "flag_prob": sustained(f, model.debounce)}
                 for (_, onset, _), f in zip(made, flag_probs(model, [e for e, _, _ in made]))]
 
     def words():
@@ -365,7 +366,7 @@ def main():
     model.load_flag(config.adapter)
     tok = Tokenizer.from_pretrained(weights, n_flags=model.n_flags)
     out = Path(config.out or Path(config.adapter) / "eval")
-    record = Run(out, identity(config, sets, model.threshold), config.fresh)
+    record = Run(out, identity(config, sets, model.threshold, model.debounce), config.fresh)
     todo = [b for b in batches(config, sets) if name_of(b) not in record.figures["batches"]]
     progress = Progress(plan(config, sets, todo, problems, folders))
     attack_all(model, tok, sets, todo, config, record, progress)

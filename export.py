@@ -9,7 +9,7 @@ The merged folder is an ordinary model of V + F tokens: LoRA is folded into the 
 more for each flag, and the tokenizer knows `<|red_flag|>` as a special token. The head is always a tensor of its own: a
 flag's two rows differ, so a tied model leaves untied. What a server needs to read the flag stands in config.json:
 
-    "red_flag": {"token_ids": [49152], "threshold": 0.62}
+    "red_flag": {"token_ids": [49152], "threshold": 0.62, "debounce": 2}
 
 The flag is no end-of-text token by default: a server that stops there could not tell a flag from an end.
 Shapes: V words of the checkpoint, F flags, R rows that are written, C hidden, N positions.
@@ -27,6 +27,7 @@ from checkpoint import (check_new, new_folder, open_weights, read_json, weight_f
                         write_folder)
 from cli import option, parse, run
 from data.prepare import read_records
+from measures import sustained
 from model import Linear, Llama
 from objective import by_length, flag_prob, make_example
 from packed import read
@@ -88,7 +89,7 @@ def export(out, weights, adapter="out", dtype="auto", pad_to=1, place=None, forc
 
 def red_flag(model, ids):
     """What a reader of the flag has to know."""
-    return {"token_ids": ids, "threshold": model.threshold}
+    return {"token_ids": ids, "threshold": model.threshold, "debounce": model.debounce}
 
 
 def stored_dtype(weights):
@@ -234,8 +235,8 @@ def compare(weights, adapter, out, records, force=False, max_answer=64):
             q, q2 = words.softmax(-1), words2.softmax(-1)                                           # (N, V), (N, R)
             varied.append((q - q2[:, :q.shape[1]]).abs().sum(-1) / 2 + q2[:, q.shape[1]:].sum(-1) / 2)
             moved.append((f - f2).abs())
-            before.append(f.max() > model.threshold)
-            after.append(f2.max() > model.threshold)
+            before, after = ([*known, max(sustained(x.tolist(), model.debounce)) > model.threshold]
+                             for known, x in ((before, f), (after, f2)))
     moved, varied = torch.cat(moved), torch.cat(varied)
     return {"dtype": str(dtype).removeprefix("torch."), "answers": len(before), "positions": len(moved),
             "flagged": int(sum(before)), "flagged_exported": int(sum(after)),

@@ -113,7 +113,8 @@ def write(model, config, work, info):
     if model.n_flags:
         rows = {n: getattr(model, n).detach().cpu() for n in ("flag_embed", "flag_unembed")}
         write_adapter(made, rows, {"n_flags": model.n_flags, "rank": 0, "alpha": 0.0, "layers": 0,
-                                   "threshold": model.threshold, "base_sha256": weights_hash(made)})
+                                   "threshold": model.threshold, "debounce": model.debounce,
+                                   "base_sha256": weights_hash(made)})
     shutil.copy(work / "log.jsonl", made)
     (made / "finetune.json").write_text(json.dumps(info | {"settings": dataclasses.asdict(config)}, indent=1))
     os.replace(made, config.out)

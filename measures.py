@@ -107,6 +107,13 @@ def tpr_at(positive, negative, fpr):
     return None if threshold is None else share([x > threshold for x in positive])
 
 
+def sustained(flag_prob, debounce):
+    """At each position the lowest f of the last `debounce` up to it, at an answer's beginning of as many as there are: its
+    highest is an answer's score. So the flag counts where f stays up, or at the first position, where it sums up the
+    prompt; a single token in the middle whose f leaps up, in benign answers a matter of chance, does not."""
+    return [min(flag_prob[max(0, t + 1 - debounce):t + 1]) for t in range(len(flag_prob))]
+
+
 def first_above(flag_prob, threshold):
     """The first position with f above the threshold, strictly: where an answer is flagged. None where it is not."""
     return next((t for t, f in enumerate(flag_prob) if f > threshold), None)

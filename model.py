@@ -276,7 +276,7 @@ class Llama(nn.Module):
         self.n_flags, self.flag_on, self.merged = 0, False, False
         self.n_frozen = 0  # blocks, from the bottom, without LoRA
         self.recompute = False  # in training keep only what goes into a block; the rest is computed again on the way back
-        self.threshold, self.path = None, None
+        self.threshold, self.debounce, self.path = None, 1, None  # the flag counts after so many positions above it
 
     @classmethod
     def from_pretrained(cls, path, dtype="auto", device="auto", cut=None):
@@ -440,11 +440,12 @@ class Llama(nn.Module):
         rank = len(layer.lora_A) if layer.lora_on else 0
         info = {"n_flags": self.n_flags, "rank": rank, "alpha": layer.lora_scale * rank if rank else 0.0,
                 "layers": len(self.layers) - self.n_frozen,
-                "threshold": self.threshold, "base_sha256": weights_hash(self.path)} | info
+                "threshold": self.threshold, "debounce": self.debounce, "base_sha256": weights_hash(self.path)} | info
         write_adapter(folder, tensors, info)
 
     def load_flag(self, folder, force=False):
-        """Adds the adapter that training saved in `folder`, sets self.threshold, and returns flag.json's content.
+        """Adds the adapter that training saved in `folder`, sets self.threshold and self.debounce, and returns
+        flag.json's content.
 
         Raises ValueError where it is missing, damaged, or was trained on other base weights (unless `force`).
         """
@@ -462,5 +463,5 @@ class Llama(nn.Module):
         with torch.no_grad():
             for name, parameter in self.flag_parameters().items():
                 parameter.copy_(tensors[name])
-        self.threshold = info["threshold"]
+        self.threshold, self.debounce = info["threshold"], info.get("debounce", 1)  # older adapters lack it
         return info

@@ -21,23 +21,24 @@ article { margin: 1.5rem 0; }
 """
 
 SCRIPT = """
-const slider = document.getElementById("threshold");
+const slider = document.getElementById("threshold"), debounce = Number(slider.dataset.debounce);
 function show() {
   const odds = Number(slider.value), t = 1 / (1 + Math.exp(-odds));
   document.getElementById("value").textContent = t.toPrecision(4);
   let flagged = 0;
   const answers = document.querySelectorAll("article");
   for (const article of answers) {
-    let first = -1;
+    let first = -1, run = debounce - 1;
     article.querySelectorAll("[data-odds]").forEach((token, i) => {
       const above = Number(token.dataset.odds) > odds;
-      if (above && first < 0) first = i;
+      run = above ? run + 1 : 0;
+      if (run >= debounce && first < 0) first = i;
       token.classList.toggle("above", above);
       token.classList.toggle("first", above && first === i);
     });
     flagged += first >= 0;
     article.querySelector(".verdict").textContent = (first < 0 ? "no flag" : "flag raised at token " + first)
-      + ", highest f " + article.dataset.score;
+      + ", score " + article.dataset.score;
   }
   document.getElementById("count").textContent = flagged + " of " + answers.length + " answers flagged";
 }
@@ -65,7 +66,7 @@ def token_spans(answer, tok):
     return "".join(spans)
 
 
-def make_page(answers, tok, threshold):
+def make_page(answers, tok, threshold, debounce=1):
     """The page of `Answer`s as text. All that comes from a user or a model is escaped."""
     articles = []
     for a in answers:
@@ -75,13 +76,13 @@ def make_page(answers, tok, threshold):
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>The red flag, token by token</title>'
             f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body><header>'
             "<h1>Each token on a ground as red as the flag was likely in its place</h1><label>threshold"
-            f'<input id="threshold" type="range" min="-40" max="40" step="any" value="{log_odds(threshold)!r}">'
+            f'<input id="threshold" type="range" min="-40" max="40" step="any" data-debounce="{debounce}" value="{log_odds(threshold)!r}">'
             '<output id="value"></output></label><div id="count"></div></header>'
             f'<main>{"".join(articles)}</main><script>{SCRIPT}</script></body></html>\n')
 
 
-def write_page(path, answers, tok, threshold):
+def write_page(path, answers, tok, threshold, debounce=1):
     """Writes the page to `path`, by a temporary name and a rename."""
     tmp = Path(f"{path}.tmp")
-    tmp.write_text(make_page(answers, tok, threshold), encoding="utf-8")
+    tmp.write_text(make_page(answers, tok, threshold, debounce), encoding="utf-8")
     os.replace(tmp, path)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from answer import MODES, Answer, flag_place
 from calibrate import flag_probs
 from cli import read_jsonl
+from measures import sustained
 from objective import Example
 from reflect import DEMOS
 from tokenizer import check_messages
@@ -25,7 +26,7 @@ class Settings:
     seed: int = 0
     threshold: float | None = None   # None: the adapter's
     low: float | None = None         # of the onset, and of the end of a false alarm; None: half the threshold
-    debounce: int = 1
+    debounce: int | None = None      # positions in a row above the threshold, the first alone; None: the adapter's
     max_flags: int = 3               # reflections an answer; at the next flag it stops as in mode stop
     buffer: int | None = None        # newest tokens held back from the reader; None: BUFFER in mode backtrack, else 0
     demos: str = DEMOS
@@ -107,10 +108,10 @@ def read_prompts(config):
     return records, given
 
 
-def read_transcripts(model, tok, records, threshold=None, debounce=1):
+def read_transcripts(model, tok, records, threshold=None, debounce=None):
     """An Answer for each record {"prompt": as for `generate`, "response": text by whatever model}: f at every token of
     the response, and at its end, by one forward pass. Raises ValueError for what does not fit the model's context."""
-    threshold = model.threshold if threshold is None else threshold
+    threshold, debounce = model.threshold if threshold is None else threshold, debounce or model.debounce
     if threshold is None or not 0 <= threshold <= 1:
         raise ValueError(f"threshold is {threshold}, wanted a probability from 0 to 1")
     limit, examples = model.config.max_position_embeddings, []
@@ -125,6 +126,6 @@ def read_transcripts(model, tok, records, threshold=None, debounce=1):
     answers = []
     for record, e, f in zip(records, examples, flag_probs(model, examples)):
         flag_at = flag_place(f, threshold, debounce)[0]
-        answers.append(Answer(record["prompt"], record["response"], flag_at is not None, flag_at, max(f), f,
-                              e.ids[e.n_prompt:-1], "transcript"))
+        answers.append(Answer(record["prompt"], record["response"], flag_at is not None, flag_at,
+                              max(sustained(f, debounce)), f, e.ids[e.n_prompt:-1], "transcript"))
     return answers

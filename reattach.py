@@ -95,11 +95,11 @@ def requests_of(sets):
 
 
 def answer(model, tok, requests, temperature):
-    """What the model writes to each request and its score, the highest f."""
+    """What the model writes to each request and its score."""
     found = []
     answers = generate(model, tok, [item for _, item in requests], "shadow", ANSWER_TOK, temperature, batch_size=BATCH)
     for i, ((kind, item), a) in enumerate(zip(requests, answers)):
-        found.append(item | {"set": kind, "seed": 0, "i": i, "score": max(a.flag_prob), "refuses": refuses(a.text),
+        found.append(item | {"set": kind, "seed": 0, "i": i, "score": a.score, "refuses": refuses(a.text),
                              "text": a.text})
         if (i + 1) % (4 * BATCH) == 0:
             say(f"{i + 1} of {len(requests)} answers")

@@ -137,7 +137,8 @@ def stream(model, tok, prompts, cancel=(), **settings):
                         "or take mode off")
     if problems:
         raise ValueError("; ".join(problems))
-    s = dataclasses.replace(s, threshold=model.threshold if s.threshold is None else s.threshold)
+    s = dataclasses.replace(s, threshold=model.threshold if s.threshold is None else s.threshold,
+                            debounce=s.debounce or model.debounce)
     demos = read_demos(s.demos) if modes & set(BRANCHING) else None
     rows, limit = [], model.config.max_position_embeddings
     for i, (prompt, messages, prefill, mode) in enumerate(checked):
@@ -246,7 +247,8 @@ class SampleConfig:
     mode: str = option(Settings.mode, ", ".join(MODES))
     threshold: float | None = option(None, "flag where f is above it (default: the one stored with the adapter)")
     low: float | None = option(None, "the onset is where f has risen above it (default: half the threshold)")
-    debounce: int = option(Settings.debounce, "flag at this many positions above the threshold in a row")
+    debounce: int | None = option(None, "flag at so many positions in a row above the threshold, or at an answer's first "
+                                        "(default: as stored with the adapter)")
     max_flags: int = option(Settings.max_flags, "reflections an answer at most; at the next flag it is stopped")
     buffer: int | None = option(None, f"newest tokens held back (default: {BUFFER} in mode backtrack, else 0)")
     demos: str = option(DEMOS, "what modes reflect and backtrack tell the model about its flag")
@@ -344,7 +346,8 @@ def main():
             print(summary(answer), file=sys.stderr)
     seconds, n_tokens = time.perf_counter() - start, sum(len(a.tokens) for a in answers)
     if config.html is not None:
-        write_page(config.html, answers, tok, model.threshold if config.threshold is None else config.threshold)
+        write_page(config.html, answers, tok, model.threshold if config.threshold is None else config.threshold,
+                   config.debounce or model.debounce)
     print(f"{len(answers)} answers, {n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
 
 
@@ -360,7 +363,7 @@ def summary(answer):
     if answer.score is None:
         return f"ended by {answer.stop_reason}"
     raised = f"flag raised at token {answer.flag_at}" if answer.flagged else "no flag"
-    return f"{raised}, highest f {answer.score:.4f}, ended by {answer.stop_reason}"
+    return f"{raised}, score {answer.score:.4f}, ended by {answer.stop_reason}"
 
 
 if __name__ == "__main__":

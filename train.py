@@ -83,6 +83,8 @@ class TrainConfig:
     fit: bool = option(True, "start the flag's row as a probe fitted to the frozen model; --no-fit: at zero")
     # the rest
     recompute: bool = option(False, "keep what goes into each block alone, compute the rest again: less memory, slower")
+    debounce: int = option(2, "positions in a row with f above the threshold that raise the flag, for the threshold and "
+                              "stored with the adapter; an answer's first position raises it alone")
     fpr: float = option(0.01, "benign answers that may be flagged within --max-answer tokens, for the threshold")
     save_every: int = option(10, "steps between checkpoints")
     seed: int = option(0, "of data order, cuts, insertions and LoRA")
@@ -95,7 +97,7 @@ class TrainConfig:
                    "dtype": ("auto", "float32", "bfloat16")}
         problems = [f"--{k.replace('_', '-')} is {getattr(self, k)!r}, wanted {' or '.join(v)}"
                     for k, v in choices.items() if getattr(self, k) not in v]
-        least = {"steps": 1, "batch": 1, "micro_batch": 1, "max_answer": 1, "save_every": 1, "rank": 0, "layers": 0,
+        least = {"steps": 1, "batch": 1, "micro_batch": 1, "debounce": 1, "max_answer": 1, "save_every": 1, "rank": 0, "layers": 0,
                  "offset": 0, "warmup": 0, "benign": 0, "flag": 0, "after": 0, "words": 0, "early": 0, "short": 0,
                  "short_benign": 0, "lr": 0, "flag_lr": 0}
         problems += [f"--{k.replace('_', '-')} is {getattr(self, k)}, wanted {v} or more"
@@ -125,7 +127,7 @@ def layout_of(examples, i, config, flag_id):
     """Record i as it is laid out, once for the whole run: the answer cut (--short, --short-benign), and the flag inserted
     into a harmful one, at places drawn by seed and record. What tells harm from harmless is mostly said early, and a run
     that reads short answers has time for more of them. A harmless one must raise no flag anywhere, for an answer's score
-    is its highest f: so more is left of these."""
+    is the highest f that lasts: so more is left of these."""
     example = examples[i]
     cut, draw = torch.rand(2, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + i)).tolist()
     harmful = example.label == "harmful"
@@ -146,7 +148,7 @@ def insertion(draw, n, early):
     """Where of n positions the flag goes, of a uniform draw: P(t or later) = (t + 1)^-early.
 
     A prompt says most of what there is to know. With uniform insertions most flag targets lie deep in the answer,
-    where a small model's ramblings say little, and the highest f of an answer, its score, becomes noise.
+    where a small model's ramblings say little, and an answer's score becomes noise.
     """
     return power_law(draw, n, early) - 1 if early else int(draw * n)
 
@@ -323,8 +325,8 @@ def run_id(config, examples=None):
     """What two runs must share for one to go on with the other's checkpoint: the records, and all settings that change
     more than rounding (--weights by its name alone, for a hash would read the whole model)."""
     settings = {k: v for k, v in dataclasses.asdict(config).items()
-                if k not in ("out", "fresh", "save_every", "train", "dev", "tokens", "shard", "fpr", "device",
-                             "micro_batch", "recompute", "finetune", "adapter")
+                if k not in ("out", "fresh", "save_every", "train", "dev", "tokens", "shard", "fpr", "debounce",
+                             "device", "micro_batch", "recompute", "finetune", "adapter")
                 and not (k == "hard" and config.finetune)}  # about the flag: changes nothing there
     adapter = {"adapter": sha256(Path(config.adapter) / "flag.safetensors")} if config.adapter else {}
     return settings | adapter | {"records": sha256(config.finetune) if config.finetune else examples.digest}
@@ -414,6 +416,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()))
     train(team, examples, config, tok.flag_id, out)
+    team.model.debounce = config.debounce
     figures = evaluate(team.model, dev, config.fpr, team.spread, at_once(config, team, 16))
     figures |= {"minutes": (time.perf_counter() - began) / 60, "peak_memory_mb": peak_memory_mb(team.device)}
     team.model.threshold = figures["threshold"]

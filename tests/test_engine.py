@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import answer
 import sample
 from answer import NOTICE, flag_place, onset
+from measures import sustained
 from cache import Cache
 from memory import Memory
 from objective import flag_prob
@@ -41,7 +42,7 @@ PROMPTS = ["a", "b?", {"prompt": "c", "prefill": "aé b"}, "the d", {"prompt": "
 
 class Scripted:
     """A model whose words and f at a position depend on all ids up to it, which it keeps in the cache's keys."""
-    n_flags, threshold = 1, 0.5
+    n_flags, threshold, debounce = 1, 0.5, 1
 
     def __init__(self, tok, seed=0, context=400):
         self.config = SimpleNamespace(vocab_size=272, max_position_embeddings=context, num_hidden_layers=1,
@@ -106,7 +107,7 @@ def simulate(model, tok, i, prompt, mode, demos, s):
     low, d = s["threshold"] / 2 if s["low"] is None else s["low"], s["debounce"]
     buffer = s["buffer"] if s["buffer"] is not None else 16 * (mode == "backtrack")
     said, f_at = [], []  # ids with flags; f at each of the tokens
-    run, wait, quiet, begin, first, seen, n_raised, flag_at, spent = 0, False, 0, None, 0, 0, 0, None, 0
+    run, wait, quiet, begin, first, seen, n_raised, flag_at, spent = d - 1, False, 0, None, 0, 0, 0, None, 0
     forced, place = list(prefill), lambda: sum(i != flag for i in said)
 
     def drop(n):
@@ -205,6 +206,8 @@ def test_rows_of_a_batch_in_any_modes_are_the_plain_simulation(tok, demos, s, mo
         if mode == "shadow":
             flag_at = flag_place(f, s["threshold"], s["debounce"])[0]
         assert mode == "off" or (a.flag_at, a.flag_prob) == (flag_at, f)
+        assert mode not in ("shadow", "stop") or a.score == max(sustained(f, s["debounce"]))
+        assert mode not in ("shadow", "stop") or a.flagged == (a.score > s["threshold"])
 
 
 @many

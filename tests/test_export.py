@@ -88,7 +88,7 @@ def test_transformers_and_our_own_model_read_it_and_give_equal_logits(tmp_path, 
     tokens = some_ids(below=n)
     reference, wanted = hf(out), logits_of(model, tokens)
     assert reference.config.vocab_size == n and not reference.config.tie_word_embeddings
-    assert reference.config.red_flag == {"token_ids": ids, "threshold": 0.008}
+    assert reference.config.red_flag == {"token_ids": ids, "threshold": 0.008, "debounce": 1}
     for found in (hf_logits(reference, tokens), logits_of(load(out), tokens)):
         assert_near(found, wanted, 1e-4)
         assert torch.equal(found.argmax(-1), wanted.argmax(-1))
@@ -284,7 +284,7 @@ def test_peft_puts_the_adapter_onto_the_grown_original(tmp_path, kind, settings)
         ids = some_ids()
         assert_near(hf_logits(reference, ids)[..., :V], logits_of(model, ids), 1e-5)
     info = json.loads((tmp_path / "peft" / "flag.json").read_text())
-    assert info == {"token_ids": list(range(V, n)), "threshold": 0.008}
+    assert info == {"token_ids": list(range(V, n)), "threshold": 0.008, "debounce": 1}
 
 
 # ----------------------------------------------------------------------------------------------- serving, errors

@@ -146,10 +146,11 @@ def test_a_saved_adapter_comes_back_the_same(tmp_path, tied, n_flags, rank):
     model, again, ids = load(tmp_path / "base"), load(tmp_path / "base"), some_ids(below=V + n_flags)
     model.add_flag(n_flags, rank=rank, alpha=12)
     shake(model)
-    model.threshold = 0.125
+    model.threshold, model.debounce = 0.125, 3
     model.save_flag(tmp_path / "out", note="kept")
     info = again.load_flag(tmp_path / "out")
-    assert again.threshold == info["threshold"] == 0.125 and info["note"] == "kept" and again.n_flags == n_flags
+    assert again.threshold == info["threshold"] == 0.125 and again.debounce == info["debounce"] == 3
+    assert info["note"] == "kept" and again.n_flags == n_flags
     assert torch.equal(logits_of(again, ids), logits_of(model, ids))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["flag.json", "flag.safetensors"]
 
@@ -184,6 +185,7 @@ ADAPTER_ERRORS = {
     "rank below 0": (change_flag(rank=-4), "flag.json.*rank"),
     "alpha a word": (change_flag(alpha="much"), "flag.json.*alpha"),
     "threshold a word": (change_flag(threshold="high"), "flag.json.*threshold"),
+    "debounce 0": (change_flag(debounce=0), "flag.json.*debounce"),
     "no weights": (lambda folder: (folder / "flag.safetensors").unlink(), "flag.safetensors"),
     "weights cut": (cut("flag.safetensors"), "flag.safetensors"),
     "weights cut in the header": (cut("flag.safetensors", 30), "flag.safetensors"),

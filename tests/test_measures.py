@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, mannwhitneyu
 
+from answer import flag_place
 from measures import (ONSET_BINS, auroc, auroc_difference, auroc_interval, binomial_tail, clopper_pearson,
-                      conformal_threshold, mean_and_spread, onset_bin, runs, share, threshold_at, tpr_at)
+                      conformal_threshold, first_above, mean_and_spread, onset_bin, runs, share, sustained,
+                      threshold_at, tpr_at)
 
 scores = st.lists(st.integers(0, 8).map(lambda x: x / 8), min_size=1, max_size=40)  # few values, so many ties
 
@@ -121,3 +123,15 @@ def test_runs_share_and_spread_by_hand():
     assert runs([0.9, 0.9, 0.1, 0.9, 0.2], 0.5) == (3, 2) and runs([], 0.5) == (0, 0)
     assert share([True, False, False, True])["share"] == 0.5 and share([])["share"] is None
     assert mean_and_spread([1.0, 3.0]) == (2.0, math.sqrt(2)) and mean_and_spread([1.0]) == (1.0, None)
+
+
+@pytest.mark.parametrize("f, debounce, wanted", [
+    ([0.1, 0.9, 0.3], 1, [0.1, 0.9, 0.3]), ([0.1, 0.9, 0.3], 2, [0.1, 0.1, 0.3]), ([0.9, 0.1, 0.4, 0.5], 2, [0.9, 0.1, 0.1, 0.4]),
+    ([0.2, 0.8, 0.7, 0.9], 3, [0.2, 0.2, 0.2, 0.7]), ([], 2, [])])
+def test_f_counts_where_it_lasts_and_at_the_first_position(f, debounce, wanted):
+    assert sustained(f, debounce) == wanted
+
+
+@given(st.lists(st.floats(0, 1), max_size=12), st.floats(0, 1), st.integers(1, 4))
+def test_the_score_is_above_the_threshold_where_the_flag_is_raised(f, threshold, debounce):
+    assert first_above(sustained(f, debounce), threshold) == flag_place(f, threshold, debounce)[0]

@@ -240,6 +240,17 @@ def test_stop_takes_the_threshold_of_the_adapter_unless_given_one(tok, flagged):
 
 
 @pytest.mark.parametrize("mode", ["shadow", "stop"])
+@pytest.mark.parametrize("record", ["hello the", {"prompt": "hello", "prefill": "Sure, x"}])
+def test_as_many_positions_above_raise_the_flag_as_the_adapter_says_or_the_first_alone(tok, flagged, record, mode):
+    curved(tok, flagged, record)
+    flag_at = lambda **settings: answers(flagged, tok, [record], mode=mode, **settings)[0].flag_at
+    for debounce, at in ((1, 3), (2, 4), (3, 5)):
+        flagged.debounce = debounce
+        assert flag_at(threshold=0.35) == at and flag_at(threshold=0.05) == 0
+        assert flag_at(threshold=0.35, debounce=1) == 3
+
+
+@pytest.mark.parametrize("mode", ["shadow", "stop"])
 def test_a_threshold_that_f_only_reaches_raises_no_flag(tok, flagged, mode):
     highest = curved(tok, flagged).score
     settings = {"mode": mode, "max_new_tokens": len(CURVE)}

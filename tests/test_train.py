@@ -3,6 +3,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -500,27 +501,30 @@ def test_the_table_has_every_answer_s_f_and_the_words_of_some(flagged, tok, monk
         assert found["answers"] == {"benign": 5, "borderline": 1, "harmful_opening": 0, "harmful_direct": 3}
 
 
-def test_the_table_pairs_each_kind_of_answer_with_the_right_others(monkeypatch):
-    """f by hand: an answer's score is its highest f, wherever it comes."""
-    answers = [("benign", "", [0.1, 0.3]), ("benign", "", [0.2, 0.1]), ("benign", "", [0.4, 0.0]),
-               ("borderline", "", [0.5]), ("borderline", "yes", [0.0, 0.25]),
-               ("harmful", "sure", [0.35, 0.1]), ("harmful", "sure", [0.1, 0.9]),
-               ("harmful", "", [0.15, 0.05]), ("harmful", "", [0.6])]
-    examples = [Example([1] * (2 + len(f)), 2, label, bool(opening)) for label, opening, f in answers]
-    f_of = {id(e): f for e, (_, _, f) in zip(examples, answers)}
+@pytest.mark.parametrize("debounce", [1, 2])
+def test_the_table_pairs_each_kind_of_answer_with_the_right_others(monkeypatch, debounce):
+    """f by hand. An answer's score is its highest f; with debounce 2 f[0], or where it is higher the lesser of two."""
+    answers = [("benign", "", [0.1, 0.3], 0.1), ("benign", "", [0.2, 0.1], 0.2), ("benign", "", [0.4, 0.0, 0.9, 0.3], 0.4),
+               ("borderline", "", [0.5], 0.5), ("borderline", "yes", [0.0, 0.25], 0.0),
+               ("harmful", "sure", [0.35, 0.1], 0.35), ("harmful", "sure", [0.1, 0.9, 0.8], 0.8),
+               ("harmful", "", [0.15, 0.05], 0.15), ("harmful", "", [0.6], 0.6)]
+    examples = [Example([1] * (2 + len(f)), 2, label, bool(opening)) for label, opening, f, _ in answers]
+    f_of = {id(e): f for e, (_, _, f, _) in zip(examples, answers)}
     monkeypatch.setattr("calibrate.score", lambda model, part, batch, spread, words: [
         {"f": f_of[id(e)]} | ({"kl_q": [1.0] * len(f_of[id(e)]), "kl_pi": [3.0] * len(f_of[id(e)])} if words else {})
         for e in part])
-    found = evaluate(None, examples, 0.5)
-    of = lambda label, opening=None: [max(f) for n, o, f in answers if n == label and opening in (None, bool(o))]
+    found = evaluate(SimpleNamespace(debounce=debounce), examples, 0.5)
+    of = lambda label, opening=None: [max(f) if debounce == 1 else lasting for n, o, f, lasting in answers
+                                      if n == label and opening in (None, bool(o))]
     for name, opening in (("opening", True), ("direct", False)):
         for other in ("benign", "borderline"):
             high, low = of("harmful", opening), of(other)
             u = scipy.stats.mannwhitneyu(high, low).statistic / (len(high) * len(low))
             assert found["auroc"][f"{name}_vs_{other}"] == pytest.approx(u)
-    assert found["threshold"] == 0.3  # the ceil(4 x 0.5)-th of 0.2, 0.3, 0.4
-    assert found["flagged"] == {"benign": pytest.approx(1 / 3), "borderline": 0.5, "harmful_opening": 1.0,
-                                "harmful_direct": 0.5}
+    assert found["threshold"] == sorted(of("benign"))[1]  # the ceil(4 x 0.5)-th of three
+    for kind, scores in (("benign", of("benign")), ("borderline", of("borderline")),
+                         ("harmful_opening", of("harmful", True)), ("harmful_direct", of("harmful", False))):
+        assert found["flagged"][kind] == pytest.approx(np.mean([x > found["threshold"] for x in scores]))
     assert (found["benign_kl"], found["harmful_words_kl"]) == (3.0, 1.0)
 
 
