@@ -142,7 +142,7 @@ class Row:
 
     def step(self, token, f, state):
         """What a step of the device did."""
-        self.latest.append(f)
+        self.latest.append(1.0 if f != f else f)                 # NaN is above every threshold
         self.score = max(min(self.latest), self.score or 0.0)
         if state == FLAGGED:
             yield from self.raise_flag(f)
@@ -266,6 +266,7 @@ class Row:
             self.probs.append(f)
             yield from self.end("flag")
         else:
+            self.latest.clear()  # what follows does not stand beside what came before
             self.branch, self.said = t, t + len(queue) - 1
             self.put_behind(self.shown)
             self.go(queue, len(queue) + WINDOW)
@@ -274,6 +275,7 @@ class Row:
         """Decides about a reflection as soon as it can be; true where it was taken back, as a false alarm."""
         if self.demos.false_alarm in self.tok.decode(self.tokens[self.said:]).lower():
             yield from self.take_back(self.branch)
+            self.latest.clear()
             self.branch = None
             self.put_behind(self.shown if self.flags else self.start)
             self.go(self.prefill[len(self.tokens):], wait=True)

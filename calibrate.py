@@ -9,9 +9,9 @@ from measures import auroc, conformal_threshold, sustained
 from objective import by_length, decompose, flag_prob
 from packed import read, read_both
 
-# Answers read at once, and positions whose logits exist at a time; a GPU waits for each launch
-BATCH, CHUNK = {"cpu": 16}, {"cpu": 160}
-BATCH_ELSEWHERE, CHUNK_ELSEWHERE = 128, 2048
+# Answers read at once, and positions whose logits exist at a time. A GPU waits for each launch, and packed.py has one
+# mask for as many answers as these.
+AT_ONCE = {"cpu": (16, 160), "cuda": (64, 1024)}
 N_KL = 360  # answers of a label, at most, whose words are compared with the original model's: it reads as long again
 
 
@@ -21,11 +21,11 @@ def score(model, examples, batch=None, chunk=None, spread=None, words=True):
     likeliest word is the same, for twice the work.
 
     The answer is read as it stands, without any flag in it (what mode shadow sees). Nats; f in double precision.
-    `batch` answers are read at once (default: 16, on a GPU 128), and `chunk` positions have logits at a time (160; 2048).
+    `batch` answers are read at once (default: 16, on a GPU 64), and `chunk` positions have logits at a time (160, 1024).
     `spread` spreads the work over several processes (parallel.py, Team.spread).
     """
-    kind = model.inv_freq.device.type
-    batch, chunk = batch or BATCH.get(kind, BATCH_ELSEWHERE), chunk or CHUNK.get(kind, CHUNK_ELSEWHERE)
+    usual = AT_ONCE.get(model.inv_freq.device.type, AT_ONCE["cpu"])
+    batch, chunk = batch or usual[0], chunk or usual[1]
     found, parts = [None] * len(examples), by_length(examples, batch)
     together = score_together if words else flags_together
     work = lambda model, part: together(model, [examples[i] for i in part], chunk)

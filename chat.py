@@ -24,7 +24,8 @@ class Conversation:
         self.turns = []  # (the user's text, ids of the answer, with the flags in it)
         self.limit = min(model.config.max_position_embeddings, CONTEXT)
         self.memory = Memory(model, 1, self.limit)
-        self.set(threshold=model.threshold if settings.threshold is None else settings.threshold)
+        self.set(threshold=model.threshold if settings.threshold is None else settings.threshold,
+                 debounce=model.debounce if settings.debounce is None else settings.debounce)
 
     def set(self, **change):
         """Changes settings from the next turn on. Raises ValueError, and changes nothing, for one that will not do."""

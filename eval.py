@@ -25,7 +25,7 @@ import reattach
 from attacks import AGAINST, ATTACKS, GRADIENT, LONG, TEMPLATES, lengthen, sampling
 from baselines import LayerProbe, refuses
 from calibrate import flag_probs
-from checkpoint import read_adapter
+from checkpoint import read_adapter, read_json
 from cli import option, parse, run, say
 from data.prepare import LABELS, read_records, read_requests
 from measures import first_above, sustained
@@ -213,7 +213,8 @@ def identity(config, sets, threshold, debounce):
         "adapter", "attack", "harmful", "benign", "borderline", "compare", "classifier", "train", "utility", "plot",
         "out", "weights", "fresh", "reattach", "customer", "summary")}
     return settings | {"adapter": digest((Path(config.adapter) / "flag.safetensors").read_bytes()),
-                       "records": digest(json.dumps(sets).encode()), "threshold": threshold, "debounce": debounce}
+                       "records": digest(json.dumps(sets).encode()), "threshold": threshold} | (
+                           {"debounce": debounce} if debounce > 1 else {})
 
 
 def name_of(batch):
@@ -267,19 +268,20 @@ def compare(model, tok, folders, record, progress):
     """Reads the same answers with other adapters too: their scores go into each result, under the folder's name, and
     their thresholds into the figures. (Not the answers that PGD made: they have no prompt that could be read again.)"""
     for folder in folders:
-        sha = digest((Path(folder) / "flag.safetensors").read_bytes())
-        known = record.figures.get("compared with", {})
+        info, known = read_json(Path(folder) / "flag.json"), record.figures.get("compared with", {})
+        what = {"sha256": digest((Path(folder) / "flag.safetensors").read_bytes()), "threshold": info["threshold"],
+                "debounce": info.get("debounce", 1)}
         todo = [r for r in record.results.values() if not r.get("embedded")
-                and (folder not in r.get("others", {}) or known.get(folder, {}).get("sha256") != sha)]
+                and (folder not in r.get("others", {}) or {"debounce": 1} | known.get(folder, {}) != what)]
         if not todo:
             progress.skip(("compare", folder))
             continue
-        threshold = model.load_flag(folder)["threshold"]
+        model.load_flag(folder)
         for r, f in zip(todo, flag_probs(model, [example_of(tok, r) for r in todo])):
             r.setdefault("others", {}).update(
                 {folder: max(sustained(f, model.debounce)), f"{folder}, first position alone": f[0]})
         record.rewrite()
-        record.save("compared with", known | {folder: {"sha256": sha, "threshold": threshold}})
+        record.save("compared with", known | {folder: what})
         progress.done(("compare", folder), f"{len(todo)} answers read by {folder}")
 
 
@@ -310,7 +312,7 @@ def measure_costs(model, tok, sets, problems, config, record, progress):
 
     def onsets():
         made = splice(tok, sets, 2 * n)
-        return [{"onset": onset, "flag_prob": sustained(f, model.debounce)}
+        return [{"onset": onset, "flag_prob": f}
                 for (_, onset, _), f in zip(made, flag_probs(model, [e for e, _, _ in made]))]
 
     def words():

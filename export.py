@@ -235,8 +235,8 @@ def compare(weights, adapter, out, records, force=False, max_answer=64):
             q, q2 = words.softmax(-1), words2.softmax(-1)                                           # (N, V), (N, R)
             varied.append((q - q2[:, :q.shape[1]]).abs().sum(-1) / 2 + q2[:, q.shape[1]:].sum(-1) / 2)
             moved.append((f - f2).abs())
-            before, after = ([*known, max(sustained(x.tolist(), model.debounce)) > model.threshold]
-                             for known, x in ((before, f), (after, f2)))
+            for known, x in ((before, f), (after, f2)):
+                known.append(max(sustained(x.tolist(), model.debounce)) > model.threshold)
     moved, varied = torch.cat(moved), torch.cat(varied)
     return {"dtype": str(dtype).removeprefix("torch."), "answers": len(before), "positions": len(moved),
             "flagged": int(sum(before)), "flagged_exported": int(sum(after)),

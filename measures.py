@@ -111,7 +111,8 @@ def sustained(flag_prob, debounce):
     """At each position the lowest f of the last `debounce` up to it, at an answer's beginning of as many as there are: its
     highest is an answer's score. So the flag counts where f stays up, or at the first position, where it sums up the
     prompt; a single token in the middle whose f leaps up, in benign answers a matter of chance, does not."""
-    return [min(flag_prob[max(0, t + 1 - debounce):t + 1]) for t in range(len(flag_prob))]
+    f = [1.0 if x != x else x for x in flag_prob]  # NaN is above every threshold
+    return [min(f[max(0, t + 1 - debounce):t + 1]) for t in range(len(f))]
 
 
 def first_above(flag_prob, threshold):

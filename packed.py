@@ -21,7 +21,7 @@ WORTH = 8  # tokens: less is not shared by two rows alone, for each start costs 
 SIDE_BY_SIDE = 8  # rows of like length attended together: more share their products, fewer waste less on padding
 # Up to so many tokens attend to all the others under one mask, which holds the rows' borders: for a GPU that is less work
 # than to start a product for each few rows. A CPU would spend most of its time on what the mask hides.
-ONE_MASK = {"cpu": 0}
+ONE_MASK = {"cpu": 0, "mps": 0}
 ONE_MASK_ELSEWHERE = 8192
 ROUND = 64  # N is a multiple: for each size that it meets oneDNN compiles products and keeps them, megabytes of code
 
@@ -71,6 +71,8 @@ class Packed:
         """Attention (1, H, N, D) of q to k, v (1, K, N, D), each token to those before it in its row."""
         if self.sees is not None:  # k and v repeated for the query heads that share them: so the fused kernel takes a mask
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            if self.sees.dtype == torch.bool:  # once, and not in each block anew
+                self.sees = torch.zeros_like(self.sees, dtype=q.dtype).masked_fill_(~self.sees, float("-inf"))
             return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.sees)
         D = q.shape[3]
         q, k, v = (x[0].transpose(0, 1).flatten(1) for x in (q, k, v))                              # (N, H D), (N, K D)

@@ -76,7 +76,8 @@ def make_page(answers, tok, threshold, debounce=1):
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>The red flag, token by token</title>'
             f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body><header>'
             "<h1>Each token on a ground as red as the flag was likely in its place</h1><label>threshold"
-            f'<input id="threshold" type="range" min="-40" max="40" step="any" data-debounce="{debounce}" value="{log_odds(threshold)!r}">'
+            f'<input id="threshold" type="range" min="-40" max="40" step="any" data-debounce="{debounce}" '
+            f'value="{log_odds(threshold)!r}">'
             '<output id="value"></output></label><div id="count"></div></header>'
             f'<main>{"".join(articles)}</main><script>{SCRIPT}</script></body></html>\n')
 

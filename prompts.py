@@ -111,7 +111,8 @@ def read_prompts(config):
 def read_transcripts(model, tok, records, threshold=None, debounce=None):
     """An Answer for each record {"prompt": as for `generate`, "response": text by whatever model}: f at every token of
     the response, and at its end, by one forward pass. Raises ValueError for what does not fit the model's context."""
-    threshold, debounce = model.threshold if threshold is None else threshold, debounce or model.debounce
+    threshold = model.threshold if threshold is None else threshold
+    debounce = model.debounce if debounce is None else debounce
     if threshold is None or not 0 <= threshold <= 1:
         raise ValueError(f"threshold is {threshold}, wanted a probability from 0 to 1")
     limit, examples = model.config.max_position_embeddings, []

@@ -113,7 +113,8 @@ def identity(config, weights, customers, records, requests):
         for path in ("out", "adapter", "weights", "finetune", "train", "dev"):
             del s[path]
     return settings | {
-        "adapter": digest((Path(config.adapter) / "flag.safetensors").read_bytes()), "weights": weights_hash(weights),
+        "adapter": [digest((Path(config.adapter) / name).read_bytes()) for name in ("flag.safetensors", "flag.json")],
+        "weights": weights_hash(weights),
         "records": digest(json.dumps(records).encode()), "requests": digest(json.dumps(requests).encode()),
         "temperature": config.temperature}
 

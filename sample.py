@@ -21,8 +21,8 @@ distribution without the flag, so the flag itself never reaches a reader. Modes:
     backtrack  the same, but from the onset, where f began to rise; the newest tokens are held back so that nobody sees
                what is taken back
 
-The flag is raised where f > threshold at `debounce` positions in a row. It is not raised within a reflection as long as
-that is undecided, nor behind a false alarm until f has been below `low` once.
+The flag is raised where f > threshold at `debounce` positions in a row, or at an answer's first. It is not raised within a
+reflection as long as that is undecided, nor behind a false alarm until f has been below `low` once.
 
 A step reads the last token of each row, reads f, and chooses the next token, all in tensors (Batch); every `sync_every`
 steps the host looks at what has happened (Row), sends rows elsewhere, and puts the next prompt where a row has ended.
@@ -138,7 +138,7 @@ def stream(model, tok, prompts, cancel=(), **settings):
     if problems:
         raise ValueError("; ".join(problems))
     s = dataclasses.replace(s, threshold=model.threshold if s.threshold is None else s.threshold,
-                            debounce=s.debounce or model.debounce)
+                            debounce=model.debounce if s.debounce is None else s.debounce)
     demos = read_demos(s.demos) if modes & set(BRANCHING) else None
     rows, limit = [], model.config.max_position_embeddings
     for i, (prompt, messages, prefill, mode) in enumerate(checked):

@@ -83,8 +83,8 @@ class TrainConfig:
     fit: bool = option(True, "start the flag's row as a probe fitted to the frozen model; --no-fit: at zero")
     # the rest
     recompute: bool = option(False, "keep what goes into each block alone, compute the rest again: less memory, slower")
-    debounce: int = option(2, "positions in a row with f above the threshold that raise the flag, for the threshold and "
-                              "stored with the adapter; an answer's first position raises it alone")
+    debounce: int = option(2, "positions in a row with f above the threshold that raise the flag, or an answer's first: "
+                              "for the threshold, and stored with the adapter")
     fpr: float = option(0.01, "benign answers that may be flagged within --max-answer tokens, for the threshold")
     save_every: int = option(10, "steps between checkpoints")
     seed: int = option(0, "of data order, cuts, insertions and LoRA")
@@ -97,8 +97,8 @@ class TrainConfig:
                    "dtype": ("auto", "float32", "bfloat16")}
         problems = [f"--{k.replace('_', '-')} is {getattr(self, k)!r}, wanted {' or '.join(v)}"
                     for k, v in choices.items() if getattr(self, k) not in v]
-        least = {"steps": 1, "batch": 1, "micro_batch": 1, "debounce": 1, "max_answer": 1, "save_every": 1, "rank": 0, "layers": 0,
-                 "offset": 0, "warmup": 0, "benign": 0, "flag": 0, "after": 0, "words": 0, "early": 0, "short": 0,
+        least = {"steps": 1, "batch": 1, "micro_batch": 1, "debounce": 1, "max_answer": 1, "save_every": 1, "rank": 0,
+                 "layers": 0, "offset": 0, "warmup": 0, "benign": 0, "flag": 0, "after": 0, "words": 0, "early": 0, "short": 0,
                  "short_benign": 0, "lr": 0, "flag_lr": 0}
         problems += [f"--{k.replace('_', '-')} is {getattr(self, k)}, wanted {v} or more"
                      for k, v in least.items() if not getattr(self, k) >= v]
@@ -229,9 +229,10 @@ def make_optimizer(model, config):
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), weight_decay=0.0)
 
 
-def at_once(config, team, on_cpu):
-    """Answers that are read at once where no gradient is needed: on a CPU so many, a GPU has room for more."""
-    return min(on_cpu, config.micro_batch) if team.device.type == "cpu" else 4 * config.micro_batch
+def at_once(config, team, most):
+    """Answers that are read at once where no gradient is needed: `most`, or --micro-batch if that is fewer; on a GPU, which
+    waits for each launch, twice --micro-batch, for without a gradient they take a fraction of the memory."""
+    return 2 * config.micro_batch if team.device.type == "cuda" else min(most, config.micro_batch)
 
 
 def ready(team, examples, config, flag_id, often, fit):

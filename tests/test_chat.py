@@ -8,7 +8,7 @@ import pytest
 import answer
 import chat
 import sample
-from answer import NOTICE
+from answer import NOTICE, flag_place
 from chat import Conversation
 from prompts import Settings
 from test_engine import DEMOS, Scripted
@@ -37,6 +37,16 @@ def test_a_turn_reads_only_what_is_new(tok, mode):
         steps = len(a.tokens) + (a.stop_reason != "length")  # each reads one id: the prompt's last, then the answer's
         assert n_read == len(ids) - 1 - n + steps
         n = len(ids) + len(a.tokens) - 1  # all but the last, which an answer ended by its length has not read
+
+
+def test_a_chat_flags_as_the_adapter_says(tok):
+    model = Scripted(tok, 2)
+    model.debounce = 2
+    talk, alone = Conversation(model, tok, Settings(mode="shadow", max_new_tokens=9)), Settings(mode="shadow", debounce=1)
+    assert talk.settings.debounce == 2 and Conversation(model, tok, alone).settings.debounce == 1
+    for text in ("hello", "b", "the"):
+        a, _ = ask(talk, text)
+        assert a.flag_at == flag_place(a.flag_prob, 0.5, 2)[0]
 
 
 @pytest.mark.parametrize("mode", ["off", "stop", "reflect", "backtrack"])

@@ -13,6 +13,7 @@ import finetune
 import reattach
 import train
 from cli import parse
+from measures import sustained
 from model import Llama
 from objective import make_example
 from sample import generate
@@ -266,11 +267,12 @@ def test_the_comparison_as_a_command(tiny, adapter, tmp_path, monkeypatch, capsy
     assert len(tuned) == 8
 
 
-def test_an_answer_is_written_behind_its_prefill_and_scored_by_its_highest_f(flagged, tok):
+def test_an_answer_is_written_behind_its_prefill_and_scored_by_the_f_that_lasts(flagged, tok):
+    flagged.debounce = 2
     requests = [("opening", {"prompt": "hello", "prefill": "the hell"}), ("direct", {"prompt": "hello", "prefill": ""})]
     written = list(generate(flagged, tok, [item for _, item in requests], "shadow", reattach.ANSWER_TOK, 0.7))
     found = reattach.answer(flagged, tok, requests, 0.7)
-    assert [r["score"] for r in found] == [max(a.flag_prob) for a in written]
+    assert [r["score"] for r in found] == [max(sustained(a.flag_prob, 2)) for a in written]
     assert found[0]["text"].startswith("the hell") and [r["set"] for r in found] == ["opening", "direct"]
 
 

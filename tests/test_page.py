@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import sample
+from measures import sustained
 from page import log_odds, make_page, token_spans
 from answer import Answer
 from prompts import read_transcripts
@@ -68,11 +69,15 @@ def test_a_browser_shows_what_is_flagged_and_the_slider_changes_it(tok, tmp_path
     assert ">0.5000</output>" in before and ">0.1500</output>" in after
 
 
-def test_a_transcript_is_judged_as_an_answer_in_the_making_is(flagged, tok):
+@pytest.mark.parametrize("debounce", [1, 2])
+def test_a_transcript_is_judged_as_an_answer_in_the_making_is(flagged, tok, debounce):
+    flagged.debounce, flagged.threshold = debounce, 0.05
     made, = generate(flagged, tok, [{"prompt": "hello", "prefill": "the hello he"}], "shadow", max_new_tokens=1)
     found, = read_transcripts(flagged, tok, [{"prompt": "hello", "response": "the hello he"}])
     n = len(tok.encode("the hello he"))
     assert found.flag_prob == pytest.approx(made.flag_prob[:n + 1], rel=1e-3) and len(found.flag_prob) == n + 1
+    assert found.flag_at == flag_place(found.flag_prob, 0.05, debounce)[0]
+    assert found.score == max(sustained(found.flag_prob, debounce))
     assert found.text == "the hello he" and found.tokens == made.tokens[:n] and found.stop_reason == "transcript"
 
 
