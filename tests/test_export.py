@@ -289,14 +289,16 @@ def test_peft_puts_the_adapter_onto_the_grown_original(tmp_path, kind, settings)
 
 # ----------------------------------------------------------------------------------------------- serving, errors
 
-@pytest.mark.parametrize("debounce", [1, 2])
-def test_the_readmes_recipe_for_transformers_stops_where_our_own_loop_does(merged, tmp_path, monkeypatch, capsys, debounce):
+@pytest.mark.parametrize("debounce, threshold", [(1, 0.008), (2, 0.002)])
+def test_the_readmes_recipe_for_transformers_stops_where_our_own_loop_does(merged, tmp_path, monkeypatch, capsys, debounce,
+                                                                              threshold):
     original, adapter, model, exported = merged
     config = json.loads((exported / "config.json").read_text())
     exported = shutil.copytree(exported, tmp_path / "with_debounce")
-    config["red_flag"]["debounce"] = debounce
+    config["red_flag"] |= {"debounce": debounce, "threshold": threshold}
     (exported / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(model, "debounce", debounce)
+    monkeypatch.setattr(model, "threshold", threshold)
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
     recipe = next(code for code in re.findall(r"```python\n(.*?)```", readme, re.S) if "register_forward_hook" in code)
     (tmp_path / "exported").symlink_to(exported)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import sample
+from answer import Answer, flag_place
 from measures import sustained
 from page import log_odds, make_page, token_spans
-from answer import Answer
 from prompts import read_transcripts
 from sample import generate
 
