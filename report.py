@@ -219,7 +219,7 @@ def onset_bins(found, threshold, debounce):
     return [onset_bin(sustained(x["flag_prob"], debounce), x["onset"], threshold) for x in found]
 
 
-def onsets(found, threshold, debounce):
+def onsets(found, threshold, debounce=1):
     bins, delays = zip(*onset_bins(found, threshold, debounce))
     counts, delays = Counter(bins), [d for d in delays if d is not None]
     text = table(ONSET_BINS, [[counts[b] for b in ONSET_BINS]])
@@ -392,7 +392,7 @@ def draw_positions(axes, results, threshold):
     axes.legend(fontsize=8)
 
 
-def draw_onset(axes, found, threshold, debounce):
+def draw_onset(axes, found, threshold, debounce=1):
     counts = Counter(name for name, _ in onset_bins(found, threshold, debounce))
     axes.bar(ONSET_BINS, [counts[b] for b in ONSET_BINS])
     axes.set(xlabel="tokens of harmful answer before the flag", ylabel="answers")
