@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from measures import sustained
+
 NOTICE = "[stopped here: the model raised its red flag]"
 WINDOW = 40  # tokens behind the opening within which a reflection may call its flag a false alarm
 BUFFER = 16  # tokens held back in mode backtrack: twice the longest way from flag to onset in the README's evaluation
@@ -142,8 +144,8 @@ class Row:
 
     def step(self, token, f, state):
         """What a step of the device did."""
-        self.latest.append(1.0 if f != f else f)                 # NaN is above every threshold
-        self.score = max(min(self.latest), self.score or 0.0)
+        self.latest.append(f)
+        self.score = max(sustained(self.latest, self.s.debounce)[-1], self.score or 0.0)
         if state == FLAGGED:
             yield from self.raise_flag(f)
         elif state == DONE and token in self.tok.stop_ids:

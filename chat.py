@@ -20,12 +20,11 @@ class Conversation:
     """Turns with one model: `ask` gives the Events of an answer, which then belongs to the turns so far."""
 
     def __init__(self, model, tok, settings, system=None):
-        self.model, self.tok, self.system, self.settings = model, tok, system, settings
+        self.model, self.tok, self.system, self.settings = model, tok, system, settings.of(model)
         self.turns = []  # (the user's text, ids of the answer, with the flags in it)
         self.limit = min(model.config.max_position_embeddings, CONTEXT)
         self.memory = Memory(model, 1, self.limit)
-        self.set(threshold=model.threshold if settings.threshold is None else settings.threshold,
-                 debounce=model.debounce if settings.debounce is None else settings.debounce)
+        self.set()
 
     def set(self, **change):
         """Changes settings from the next turn on. Raises ValueError, and changes nothing, for one that will not do."""

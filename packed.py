@@ -8,6 +8,8 @@ below LoRA have been read before). The picture is drawn as if two shared tokens 
     row 0   s s s a b c         packed        s s s   a b c   d e   f
     row 1   s s s d e           paths of 2    0 1 2   6 7 8
     row 2   s s s d e f         segments      three at 0, (three and two) at 3, one at 5
+
+On a GPU all of it is attended at once, under a mask that says who sees whom.
 """
 import os
 

@@ -1,6 +1,6 @@
 """What goes into `sample.stream` and `generate`, checked: settings and prompts; and transcripts, only to be read."""
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from answer import MODES, Answer, flag_place
 from calibrate import flag_probs
@@ -35,6 +35,11 @@ class Settings:
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+
+    def of(self, model):
+        """These settings, with the adapter's threshold and debounce where there are none."""
+        usual = {name: getattr(model, name) for name in ("threshold", "debounce") if getattr(self, name) is None}
+        return replace(self, **usual)
 
     def problems(self, modes, threshold):
         """What is wrong, a list; modes: of all prompts; threshold: the adapter's."""

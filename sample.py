@@ -137,8 +137,7 @@ def stream(model, tok, prompts, cancel=(), **settings):
                         "or take mode off")
     if problems:
         raise ValueError("; ".join(problems))
-    s = dataclasses.replace(s, threshold=model.threshold if s.threshold is None else s.threshold,
-                            debounce=model.debounce if s.debounce is None else s.debounce)
+    s = s.of(model)
     demos = read_demos(s.demos) if modes & set(BRANCHING) else None
     rows, limit = [], model.config.max_position_embeddings
     for i, (prompt, messages, prefill, mode) in enumerate(checked):

@@ -98,8 +98,8 @@ class TrainConfig:
         problems = [f"--{k.replace('_', '-')} is {getattr(self, k)!r}, wanted {' or '.join(v)}"
                     for k, v in choices.items() if getattr(self, k) not in v]
         least = {"steps": 1, "batch": 1, "micro_batch": 1, "debounce": 1, "max_answer": 1, "save_every": 1, "rank": 0,
-                 "layers": 0, "offset": 0, "warmup": 0, "benign": 0, "flag": 0, "after": 0, "words": 0, "early": 0, "short": 0,
-                 "short_benign": 0, "lr": 0, "flag_lr": 0}
+                 "layers": 0, "offset": 0, "warmup": 0, "benign": 0, "flag": 0, "after": 0, "words": 0, "early": 0,
+                 "short": 0, "short_benign": 0, "lr": 0, "flag_lr": 0}
         problems += [f"--{k.replace('_', '-')} is {getattr(self, k)}, wanted {v} or more"
                      for k, v in least.items() if not getattr(self, k) >= v]
         problems += [f"--{k} is {getattr(self, k)}, wanted above 0" for k in ("clip", "alpha")

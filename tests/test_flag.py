@@ -1,4 +1,5 @@
 """The flag: its rows, LoRA, switching it off, merging, and the adapter on disk."""
+import json
 import shutil
 
 import pytest
@@ -153,6 +154,18 @@ def test_a_saved_adapter_comes_back_the_same(tmp_path, tied, n_flags, rank):
     assert info["note"] == "kept" and again.n_flags == n_flags
     assert torch.equal(logits_of(again, ids), logits_of(model, ids))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["flag.json", "flag.safetensors"]
+
+
+def test_an_adapter_from_before_debounce_flags_at_one_position(flagged, tmp_path):
+    flagged.debounce = 3
+    flagged.save_flag(tmp_path / "new")
+    flagged.save_flag(tmp_path / "old")
+    info = json.loads((tmp_path / "old" / "flag.json").read_text())
+    del info["debounce"]
+    (tmp_path / "old" / "flag.json").write_text(json.dumps(info))
+    for folder, debounce in (("new", 3), ("old", 1), ("new", 3)):
+        flagged.load_flag(tmp_path / folder)
+        assert flagged.debounce == debounce
 
 
 def test_other_base_weights_are_an_error_unless_forced(flagged, tmp_path):

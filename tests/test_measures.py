@@ -126,7 +126,8 @@ def test_runs_share_and_spread_by_hand():
 
 
 @pytest.mark.parametrize("f, debounce, wanted", [
-    ([0.1, 0.9, 0.3], 1, [0.1, 0.9, 0.3]), ([0.1, 0.9, 0.3], 2, [0.1, 0.1, 0.3]), ([0.9, 0.1, 0.4, 0.5], 2, [0.9, 0.1, 0.1, 0.4]),
+    ([0.1, 0.9, 0.3], 1, [0.1, 0.9, 0.3]), ([0.1, 0.9, 0.3], 2, [0.1, 0.1, 0.3]),
+    ([0.9, 0.1, 0.4, 0.5], 2, [0.9, 0.1, 0.1, 0.4]), ([0.2, math.nan, 0.9], 2, [0.2, 0.2, 0.9]),
     ([0.2, 0.8, 0.7, 0.9], 3, [0.2, 0.2, 0.2, 0.7]), ([], 2, [])])
 def test_f_counts_where_it_lasts_and_at_the_first_position(f, debounce, wanted):
     assert sustained(f, debounce) == wanted

@@ -64,7 +64,8 @@ def test_a_browser_shows_what_is_flagged_and_the_slider_changes_it(tok, tmp_path
     assert "1 of 2 answers flagged" in before and "2 of 2 answers flagged" in after
     assert "flag raised at token 1, score 0.600000" in before and before.count('class="above first"') == 1
     assert "no flag, score 0.200000" in before and "no flag" not in re.sub("<script>.*?</script>", "", after, flags=re.S)
-    (tmp_path / "twice.html").write_text(make_page(answers[:1] + [answer(tok, "hello the he", [0.6, 0.1, 0.1])], tok, 0.5, 2))
+    twice = [answers[0], answer(tok, "hello the he", [0.6, 0.1, 0.1])]
+    (tmp_path / "twice.html").write_text(make_page(twice, tok, 0.5, 2))
     assert "1 of 2 answers flagged" in (twice := dom(tmp_path / "twice.html")) and "flag raised at token 0" in twice
     assert ">0.5000</output>" in before and ">0.1500</output>" in after
 

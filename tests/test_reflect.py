@@ -50,6 +50,7 @@ def test_the_onset_is_where_the_run_above_low_begins(f, t, low, d, first, wanted
 
 @pytest.mark.parametrize("f, d, wanted", [
     ([.1, .6, .9], 1, (1, 1)), ([.1, .6, .4, .9, .9], 2, (4, 2)), ([.1, .6, .9], 3, (None, 2)), ([.5, .5], 1, (None, 0)),
-    ([], 1, (None, 0)), ([], 3, (None, 2)), ([.6, .1], 3, (0, 3)), ([.1, .6, .6], 2, (2, 2)), ([.5, .6, .1, .6], 2, (None, 1))])
+    ([], 1, (None, 0)), ([], 3, (None, 2)), ([.6, .1], 3, (0, 3)), ([.1, .6, .6], 2, (2, 2)),
+    ([.5, .6, .1, .6], 2, (None, 1))])
 def test_a_flag_takes_debounce_positions_above_the_threshold(f, d, wanted):
     assert flag_place(f, 0.5, d) == wanted
