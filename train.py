@@ -23,7 +23,7 @@ import torch
 import finetune
 import objective
 from calibrate import evaluate, print_table
-from checkpoint import whole
+from checkpoint import pick_dtype, whole
 from cli import first_process, option, parse, run, say
 from data.store import open_store, sha256
 from frozen import read_ahead, start_flag_rows
@@ -353,7 +353,7 @@ def resume(team, path, optimizer, tensors, run):
 def load(config, team):
     """Gives the team its model; returns the tokenizer and both sets of Examples. Everything that can be wrong is found
     before any work."""
-    weights, dtype, tok = source(config)
+    weights, dtype, tok = source(config, team.device)
     context = LlamaConfig.from_pretrained(weights).max_position_embeddings - 1  # one place is the flag's
     sets = [open_store(path, config.tokens, weights, tok, config.max_answer, context, config.skip_bad)
             for path in (config.train, config.dev)]
@@ -376,12 +376,12 @@ def load(config, team):
     return tok, examples, dev
 
 
-def source(config):
+def source(config, device):
     """What the run starts from: folder, dtype, tokenizer."""
     if config.weights is None:
         from data.smollm2 import ensure
     weights = Path(config.weights or ensure())
-    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = pick_dtype(device, training=True) if config.dtype == "auto" else getattr(torch, config.dtype)
     return weights, dtype, Tokenizer.from_pretrained(weights)
 
 
@@ -390,8 +390,8 @@ def fine_tune(config, team):
     if team.size > 1:
         raise ValueError("--finetune is for one process: start it without torchrun")
     records, work = finetune.start(config)
-    weights, dtype, tok = source(config)
-    model = Llama.from_pretrained(weights, dtype, config.device)
+    weights, dtype, tok = source(config, team.device)
+    model = Llama.from_pretrained(weights, dtype, team.device)
     model.recompute = config.recompute
     examples = finetune.prepare(model, tok, records, config)
     before = finetune.mean_loss(model, examples)
