@@ -25,7 +25,7 @@ import reattach
 from attacks import AGAINST, ATTACKS, GRADIENT, LONG, TEMPLATES, lengthen, sampling
 from baselines import LayerProbe, refuses
 from calibrate import flag_probs
-from checkpoint import read_adapter, read_json
+from checkpoint import pick_device, pick_dtype, read_adapter, read_json
 from cli import option, parse, run, say
 from data.prepare import LABELS, read_records, read_requests
 from measures import first_above, sustained
@@ -364,7 +364,7 @@ def main():
         raise ValueError(f"{config.adapter}/flag.json has no threshold: train.py calibrates one")
     if config.reattach:
         return reattach.main(config, sets, weights)
-    model = Llama.from_pretrained(weights)
+    model = Llama.from_pretrained(weights, pick_dtype(pick_device(), many=True))
     model.load_flag(config.adapter)
     tok = Tokenizer.from_pretrained(weights, n_flags=model.n_flags)
     out = Path(config.out or Path(config.adapter) / "eval")

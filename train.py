@@ -381,7 +381,7 @@ def source(config, device):
     if config.weights is None:
         from data.smollm2 import ensure
     weights = Path(config.weights or ensure())
-    dtype = pick_dtype(device, training=True) if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = pick_dtype(device, many=True) if config.dtype == "auto" else getattr(torch, config.dtype)
     return weights, dtype, Tokenizer.from_pretrained(weights)
 
 
