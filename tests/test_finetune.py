@@ -230,6 +230,7 @@ def write_sets(path):
 def test_the_comparison_as_a_command(tiny, adapter, tmp_path, monkeypatch, capsys):
     sets, out, tuned = write_sets(tmp_path / "sets.jsonl"), tmp_path / "reattach", []
     monkeypatch.setattr("model.pick_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(train, "pick_dtype", lambda device, many: torch.float32)
     monkeypatch.setattr(reattach, "ANSWER_TOK", 6)
     fine_tune = train.fine_tune
     monkeypatch.setattr(train, "fine_tune", lambda config, team: tuned.append(config) or fine_tune(config, team))
