@@ -46,6 +46,7 @@ def run(monkeypatch, tiny, files, *more):
     argv = ["--weights", tiny, "--adapter", out, "--harmful", dev, "--benign", dev, "--borderline", dev, "--attacked", 3,
             "--max-new-tokens", 4, *more]
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, argv)])
+    monkeypatch.setattr("model.pick_dtype", lambda device: torch.float32)
     monkeypatch.setattr(evaluation, "pick_dtype", lambda device, many: torch.float32)
     evaluation.main()
     folder = next((argv[i + 1] for i, a in enumerate(argv) if a == "--out"), out / "eval")
