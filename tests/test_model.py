@@ -262,7 +262,7 @@ def test_automatic_device_and_dtype_fit_the_machine(tiny):
     ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16, torch.float32),    # the same, as some clouds lend it
     ({"avx512_bf16": True, "sse4a": True}, torch.bfloat16, torch.bfloat16)],      # AMD: Zen 4
     ids=["none", "AMX", "Intel without AMX", "AMD"])
-def test_training_computes_in_what_the_machine_multiplies_fastest(monkeypatch, cpu, one, many):
+def test_many_tokens_are_read_in_what_the_machine_multiplies_fastest(monkeypatch, cpu, one, many):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: cpu)
     assert pick_dtype(torch.device("cpu")) == one
     assert pick_dtype(torch.device("cpu"), many=True) == many
