@@ -220,8 +220,8 @@ def pick_device():
 def pick_dtype(device, many=False):
     """bf16 where the machine multiplies in it, else fp32 (bf16 emulated on a CPU is slower than fp32). One token at a time
     fetching the weights is what takes long, and those of bf16 are half as large. With `many`, for training and evaluation,
-    it is the products: there Intel's AVX512_BF16 without AMX comes to half the speed of fp32 (144 and 250 GFLOP/s on one),
-    AMD's (the CPUs with SSE4a) to more than fp32's."""
+    it is the products: there Intel's AVX512_BF16 without AMX comes to half the speed of fp32 (144 and 250 GFLOP/s on two
+    cores of one), where two cores of AMD's (the CPUs with SSE4a) reached 900."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}

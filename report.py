@@ -392,7 +392,7 @@ def draw_positions(axes, results, threshold):
     axes.legend(fontsize=8)
 
 
-def draw_onset(axes, found, threshold, debounce=1):
+def draw_onset(axes, found, threshold, debounce):
     counts = Counter(name for name, _ in onset_bins(found, threshold, debounce))
     axes.bar(ONSET_BINS, [counts[b] for b in ONSET_BINS])
     axes.set(xlabel="tokens of harmful answer before the flag", ylabel="answers")

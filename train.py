@@ -88,7 +88,7 @@ class TrainConfig:
     fpr: float = option(0.01, "benign answers that may be flagged within --max-answer tokens, for the threshold")
     save_every: int = option(10, "steps between checkpoints")
     seed: int = option(0, "of data order, cuts, insertions and LoRA")
-    dtype: str = option("auto", "auto, float32 or bfloat16, of the frozen weights")
+    dtype: str = option("auto", "float32 or bfloat16, of the frozen weights; auto: what the machine multiplies faster")
     device: str = option("auto", "auto, cuda, mps or cpu")
     shard: bool = option(False, "under torchrun: each process holds a part of the model, for those that do not fit")
 
