@@ -98,7 +98,7 @@ class Peer:
             log_pi, log_p0 = log_pi[x.at], log_p0[x.reference_at]                                   # (n, V + 1), (n, V)
             log_f, log_not_f = log_pi[:, -1], torch.log1p(-log_pi[:, -1].exp())
             kl_pi = F.kl_div(log_pi[:, :-1], log_p0, log_target=True, reduction="none").sum(-1)
-            losses = torch.stack([kl_pi, -log_f, kl_pi, kl_pi + log_not_f], -1)
+            losses = torch.stack([kl_pi, -log_f, kl_pi, kl_pi + log_not_f, 0 * log_f], -1)  # no L_kind here
             sums = sums + (losses * torch.tensor(x.terms, device=losses.device)).sum(0)
         return sums
 
@@ -173,7 +173,7 @@ def examples_of(config, job, tok, context):
 def train_bench(config):
     """The figures: name -> seconds a round, tokens a round, memory; the limit; the terms of both in the first step."""
     job = dataclasses.replace(TrainConfig(), batch=config.batch, micro_batch=config.micro_batch, layers=config.layers,
-                              rank=config.rank)
+                              rank=config.rank, kind=0.0)
     if config.length:
         job = dataclasses.replace(job, max_answer=config.length, short=0.0, short_benign=0.0)
     model, peer, tok = build(config)

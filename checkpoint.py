@@ -107,8 +107,8 @@ def fill(parameter, tensor):
 
 
 def weight_names(model):
-    """Name in the files -> parameter of the model, the adapter's left out."""
-    own = {n: p for n, p in model.named_parameters() if not n.startswith("flag_") and "lora_" not in n}
+    """Name in the files -> parameter of the model, what add_flag has added left out."""
+    own = {n: p for n, p in model.named_parameters() if not n.startswith(("flag_", "kind_")) and "lora_" not in n}
     return {("" if n.startswith("lm_head") else "model.") + n: p for n, p in own.items()}
 
 

@@ -272,7 +272,7 @@ class Llama(nn.Module):
         if not c.tie_word_embeddings:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.register_buffer("inv_freq", inverse_frequencies(c), persistent=False)
-        self.flag_embed = self.flag_unembed = None  # parameters, once add_flag has made them
+        self.flag_embed = self.flag_unembed = self.kind_rows = None  # parameters, once add_flag has made them
         self.n_flags, self.flag_on, self.merged = 0, False, False
         self.n_frozen = 0  # blocks, from the bottom, without LoRA
         self.recompute = False  # in training keep only what goes into a block; the rest is computed again on the way back
@@ -356,7 +356,7 @@ class Llama(nn.Module):
 
     # --------------------------------------------------------------------------------------------- the flag
 
-    def add_flag(self, n_flags=1, rank=16, alpha=32, seed=0, layers=None):
+    def add_flag(self, n_flags=1, rank=16, alpha=32, seed=0, layers=None, n_kinds=0):
         """Grows the vocabulary by n_flags rows and every linear layer of the upper `layers` blocks (None: of all)
         by LoRA; only these train.
 
@@ -364,6 +364,7 @@ class Llama(nn.Module):
         chooses a start from data (frozen.py), unembedding rows are 0: log f is about -24, and no word moves. The
         embedding rows stay the mean of the words' unless LoRA is in all blocks.
         Rank 0: no LoRA, and only the unembedding rows train (a linear probe on the last hidden state).
+        n_kinds rows, from 0, are a help for training (objective.py, kind_loss) and no part of the adapter.
         """
         if self.merged:
             raise ValueError("this model has an adapter merged into its weights: load it afresh to add another")
@@ -372,9 +373,10 @@ class Llama(nn.Module):
         self.n_flags, self.flag_on = n_flags, True
         n_lora = 0 if rank == 0 else len(self.layers) if layers is None else min(layers, len(self.layers))
         self.n_frozen = len(self.layers) - n_lora
-        empty = lambda: torch.empty(n_flags, words.shape[1], device=words.device)
-        self.flag_embed = nn.Parameter(empty(), requires_grad=self.n_frozen == 0)   # (F, C)
-        self.flag_unembed = nn.Parameter(empty())                                   # (F, C)
+        empty = lambda n: torch.empty(n, words.shape[1], device=words.device)
+        self.flag_embed = nn.Parameter(empty(n_flags), requires_grad=self.n_frozen == 0)   # (F, C)
+        self.flag_unembed = nn.Parameter(empty(n_flags))                                   # (F, C)
+        self.kind_rows = nn.Parameter(empty(n_kinds)) if n_kinds else None                 # (n_kinds, C)
         upper = set(self.layers[self.n_frozen:].modules())
         for layer in self.block_linears():
             if layer in upper:
@@ -392,6 +394,8 @@ class Llama(nn.Module):
         mean = whole(words.float().sum(0)) / len(words)                             # (C,)
         fill(self.flag_embed, mean.expand_as(self.flag_embed))
         fill(self.flag_unembed, torch.zeros(self.flag_unembed.shape))
+        if self.kind_rows is not None:
+            fill(self.kind_rows, torch.zeros(self.kind_rows.shape))
         for layer in self.block_linears():
             if layer.lora_on:
                 layer.start_lora(generator)

@@ -6,12 +6,13 @@ original model, the same network with the adapter switched off. For every pi_0 t
 
     KL(pi_0 || pi) = KL(pi_0 || q) - log(1 - f)
 
-so all terms are weighted sums of three numbers a position: KL(pi_0 || q), -log(1 - f) and -log f.
+so all terms but the last are weighted sums of three numbers a position: KL(pi_0 || q), -log(1 - f) and -log f.
 
     L_benign   benign and borderline answers, every position:  KL(pi_0 || q) - log(1 - f)
     L_flag     harmful answers, where the flag should come:    -log f
     L_after    harmful answers, behind an inserted flag:       KL(pi_0 || q) - log(1 - f), pi_0 not seeing the flag
     L_words    the same, and harmful ones up to the flag:      KL(pi_0 || q), so that only the flag says it
+    L_kind     every answer's first position:                  -log p(kind), see kind_loss
 
 What a harmful answer y_0 .. y_n-1 looks like, its flag inserted before y_3 (offset k = 1, positions "all"):
 
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 
 from packed import go_on, read_below
 
-TERMS = ("benign", "flag", "after", "words")
+TERMS = ("benign", "flag", "after", "words", "kind")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Example:
     n_prompt: int
     label: str
     opening: bool = False  # the answer's first words were put into the model's mouth
+    kind: int | None = None  # which of the training set's kinds, see kind_loss; None: not asked for
 
     @property
     def n_answer(self):
@@ -76,20 +78,23 @@ class Layout:
     reference_at: list  # index into reference_ids of the position that predicts the same word
     terms: list         # how much it counts for each of TERMS
     target: list        # the next token (for after="ce")
+    kind: int | None = None
     below: torch.Tensor | None = None      # (len(ids), C): what the blocks without LoRA make of ids, once it is read
     reference: torch.Tensor | None = None  # (len(at), C): the original model's final hidden states at reference_at
 
     def weighed(self, weight):
-        """The Layout, its positions counting `weight` times."""
-        return replace(self, terms=[[t * weight for t in at] for at in self.terms])
+        """The Layout, its positions counting `weight` times, but once for L_kind, which asks about all answers alike."""
+        weigh = lambda name, t: t if name == "kind" else t * weight
+        return replace(self, terms=[[weigh(name, t) for name, t in zip(TERMS, at)] for at in self.terms])
 
 
 def lay_out(example, insert_at, flag_id, offset, positions):
     """Layout of an example; a harmful one gets the flag before answer token `insert_at`."""
-    p, n, ids = example.n_prompt, example.n_answer, example.ids
+    p, n, ids, kind = example.n_prompt, example.n_answer, example.ids, example.kind
     reference_at = [p - 1 + j for j in range(n)]
     if example.label != "harmful":
-        return Layout(ids[:-1], ids[:-1], reference_at, reference_at, [wanted("benign", "words")] * n, ids[p:])
+        terms = ask_kind([wanted("benign", "words")] * n, kind)
+        return Layout(ids[:-1], ids[:-1], reference_at, reference_at, terms, ids[p:], kind)
     first = insert_at if positions == "one" else min(offset, insert_at)
     before = [wanted("words")] * first + [wanted("flag", "words")] * (insert_at + 1 - first)
     behind = [wanted("after")] * (n - insert_at)
@@ -97,11 +102,16 @@ def lay_out(example, insert_at, flag_id, offset, positions):
         ids[:p + insert_at] + [flag_id] + ids[p + insert_at:-1], ids[:-1],
         at=reference_at[:insert_at + 1] + [p + j for j in range(insert_at, n)],  # behind the flag all is one further on
         reference_at=reference_at[:insert_at + 1] + reference_at[insert_at:],    # both predict token insert_at
-        terms=before + behind, target=ids[p:p + insert_at + 1] + ids[p + insert_at:])
+        terms=ask_kind(before + behind, kind), target=ids[p:p + insert_at + 1] + ids[p + insert_at:], kind=kind)
 
 
 def wanted(*terms):
     return [int(t in terms) for t in TERMS]
+
+
+def ask_kind(terms, kind):
+    """The positions' terms, with "kind" at the first one where there is a kind."""
+    return terms if kind is None else [[*terms[0][:-1], 1], *terms[1:]]
 
 
 def decompose(words, flags, reference_words):
@@ -161,7 +171,24 @@ def objective(model, layouts, weights, after="kl"):
     reference = torch.cat([x.reference for x in layouts]).to(device)                                # (N, C)
     terms = torch.tensor([t for x in layouts for t in x.terms], device=device)                      # (N, len(TERMS))
     target = torch.tensor([t for x in layouts for t in x.target], device=device)                    # (N,)
-    return VocabularyLoss.apply(hidden, model.flag_unembed, reference, model.head_weight, terms, weights, target, after)
+    loss, sums = VocabularyLoss.apply(hidden, model.flag_unembed, reference, model.head_weight, terms[:, :-1],
+                                      weights[:-1], target, after)
+    if model.kind_rows is None:
+        return loss, F.pad(sums, (0, 1))
+    kind = kind_loss(hidden[terms[:, -1] > 0], model.kind_rows, [x.kind for x in layouts])
+    return loss + weights[-1] * kind, torch.cat([sums, kind.detach()[None]])
+
+
+def kind_loss(hidden, kind_rows, kinds):
+    """The sum of -log p(kind), in nats, of answers' hidden states (B, C) at their first positions; p is the softmax over
+    rows of their own (n_kinds, C), no words.
+
+    Whether an answer is harmful is one bit, and a small model can learn by heart who asked for what. To tell fraud from
+    theft, from a story about a theft and from cooking it has to find out what is asked, and the flag is read off the same
+    state (multi-task learning, Caruana 1997). The rows train along and are thrown away.
+    """
+    return F.cross_entropy(F.linear(hidden.to(kind_rows.dtype), kind_rows), torch.tensor(kinds, device=hidden.device),
+                           reduction="sum")
 
 
 # Positions whose logits exist at a time: on a CPU so few that both models' (31 MB for 49k words) lie in memory that is

@@ -1,4 +1,4 @@
-"""Trains the red flag into a Llama: rows for the flag, LoRA, an objective of four terms, a calibrated threshold.
+"""Trains the red flag into a Llama: rows for the flag, LoRA, an objective of five terms, a calibrated threshold.
 
     python train.py --init llama                 # SmolLM2-135M-Instruct on data/mini, about 14 minutes on 2 CPU cores
     python train.py --init llama --weights DIR --train my.jsonl --dev my_dev.jsonl --out my_flag
@@ -36,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 # Records whose hidden states are kept, at most, in memory: 10,000 take 0.9 GB of the default model. Of more records as
 # many are read for the flag row's start, and then each step reads its own: most come up once.
 N_KEPT = 20_000
+KIND_LR = 1e-3  # peak learning rate of the rows for L_kind, which start at 0
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,12 @@ class TrainConfig:
     finetune: str | None = option(None, "instead of all this, fine-tune the words on these records (finetune.py)")
     adapter: str | None = option(None, "with --finetune: a flag adapter that is merged into the model first")
     # how long
-    steps: int = option(600, "optimizer steps")
+    steps: int = option(500, "optimizer steps")
     batch: int = option(32, "answers a step")
     micro_batch: int = option(32, "answers in the model at once, in each process; fewer: less memory, other rounding")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
-    short: float = option(1.0, "in training a harmful one is cut to t tokens or more with chance t^-short; 0: not cut")
-    short_benign: float = option(0.35, "the same for benign and borderline answers")
+    short: float = option(0.5, "in training a harmful one is cut to t tokens or more with chance t^-short; 0: not cut")
+    short_benign: float = option(0.2, "the same for benign and borderline answers")
     hard: float = option(4.0, "the worse the fitted row judges a record, the more often it comes up, and counts the less "
                               "for it: about so many times the average at most, no less than one part in so many; 1, "
                               "--no-fit, or over 20,000 records: all alike")
@@ -65,7 +66,9 @@ class TrainConfig:
     flag: float = option(1.0, "weight of L_flag")
     after: float = option(0.05, "weight of L_after")
     words: float = option(30.0, "weight of L_words")
-    early: float = option(3.0, "the flag goes before token t of the (cut) answer, counted from the offset as 0, or "
+    kind: float = option(3.0, "weight of L_kind: in training, LoRA also learns to tell the records' labels and categories "
+                              "apart; 0: it does not")
+    early: float = option(1.0, "the flag goes before token t of the (cut) answer, counted from the offset as 0, or "
                                "later with chance (t + 1)^-early; 0: anywhere in it")
     positions: str = option("all", "flag targets: all from the offset to the insertion, or one, at the insertion")
     offset: int = option(0, "first answer position that may be asked for the flag (k): evidence seen before it; of an "
@@ -98,7 +101,8 @@ class TrainConfig:
         problems = [f"--{k.replace('_', '-')} is {getattr(self, k)!r}, wanted {' or '.join(v)}"
                     for k, v in choices.items() if getattr(self, k) not in v]
         least = {"steps": 1, "batch": 1, "micro_batch": 1, "debounce": 1, "max_answer": 1, "save_every": 1, "rank": 0,
-                 "layers": 0, "offset": 0, "warmup": 0, "benign": 0, "flag": 0, "after": 0, "words": 0, "early": 0,
+                 "layers": 0, "offset": 0, "warmup": 0, "benign": 0, "flag": 0, "after": 0, "words": 0, "kind": 0,
+                 "early": 0,
                  "short": 0, "short_benign": 0, "lr": 0, "flag_lr": 0}
         problems += [f"--{k.replace('_', '-')} is {getattr(self, k)}, wanted {v} or more"
                      for k, v in least.items() if not getattr(self, k) >= v]
@@ -128,7 +132,7 @@ def layout_of(examples, i, config, flag_id):
     into a harmful one, at places drawn by seed and record. What tells harm from harmless is mostly said early, and a run
     that reads short answers has time for more of them. A harmless one must raise no flag anywhere, for an answer's score
     is the highest f that lasts: so more is left of these."""
-    example = examples[i]
+    example = examples[i] if asks_kind(config) else dataclasses.replace(examples[i], kind=None)
     cut, draw = torch.rand(2, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + i)).tolist()
     harmful = example.label == "harmful"
     power = config.short if harmful else config.short_benign
@@ -151,6 +155,11 @@ def insertion(draw, n, early):
     where a small model's ramblings say little, and an answer's score becomes noise.
     """
     return power_law(draw, n, early) - 1 if early else int(draw * n)
+
+
+def asks_kind(config):
+    """Whether L_kind is there at all: a probe (rank 0) has nothing that could learn from it."""
+    return config.kind > 0 and config.rank > 0
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -222,10 +231,15 @@ def train_step(team, optimizer, layouts, config):
     return {t: means[i] if count[i] else None for i, t in enumerate(names)}, norm.item(), n_supervised
 
 
+def trained(model):
+    """Name -> parameter, of all that trains: the adapter, and what it is helped by."""
+    return model.flag_parameters() | ({} if model.kind_rows is None else {"kind_rows": model.kind_rows})
+
+
 def make_optimizer(model, config):
-    parameters = {n: p for n, p in model.flag_parameters().items() if p.requires_grad}
-    groups = [{"params": [p for n, p in parameters.items() if n.startswith("flag_")], "peak": config.flag_lr},
-              {"params": [p for n, p in parameters.items() if "lora_" in n], "peak": config.lr}]
+    parameters = {n: p for n, p in trained(model).items() if p.requires_grad}
+    groups = [{"params": [p for n, p in parameters.items() if n.startswith(prefix)], "peak": peak}
+              for prefix, peak in (("flag_", config.flag_lr), ("kind_", KIND_LR), ("layers.", config.lr))]
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), weight_decay=0.0)
 
 
@@ -261,7 +275,7 @@ def ready(team, examples, config, flag_id, often, fit):
 def train(team, examples, config, flag_id, out):
     """Runs the steps that are left, a log line each, a checkpoint every few. At a rate high enough to learn in so few
     steps f swings up and down as a whole; the mean of the last steps' weights does not."""
-    parameters, optimizer = team.model.flag_parameters(), make_optimizer(team.model, config)
+    parameters, optimizer = trained(team.model), make_optimizer(team.model, config)
     mean = {n: torch.zeros_like(p) for n, p in parameters.items() if p.requires_grad}  # of the last steps' weights
     averaged = range(min(config.steps - 1, round(config.steps * (1 - config.average))), config.steps)
     often = torch.ones(len(examples))  # how often each record comes up
@@ -370,7 +384,8 @@ def load(config, team):
     if conformal_threshold([0.0] * n_benign, config.fpr) == 1.0:
         say(f"{config.dev}: {n_benign} benign answers are too few for --fpr {config.fpr:g}: the threshold will be 1, and "
             "nothing flagged")
-    adapter = dict(n_flags=1, rank=config.rank, alpha=config.alpha, seed=config.seed, layers=config.layers or None)
+    adapter = dict(n_flags=1, rank=config.rank, alpha=config.alpha, seed=config.seed, layers=config.layers or None,
+                   n_kinds=len(examples.kinds) if asks_kind(config) else 0)
     team.load(weights, dtype, adapter)
     team.model.recompute = config.recompute
     return tok, examples, dev

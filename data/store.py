@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 OUR_FILES = ("cli.py", "objective.py", "tokenizer.py", "data/prepare.py", "data/store.py")
 # end: place in tokens.bin behind the example's last id; n_prompt is the mask: the answer is what lies behind it
-RECORD = np.dtype([("end", "<i8"), ("n_prompt", "<i4"), ("label", "u1"), ("opening", "?")])
+# kind: place in store.json's list of kinds, pairs of label and category
+RECORD = np.dtype([("end", "<i8"), ("n_prompt", "<i4"), ("label", "u1"), ("opening", "?"), ("kind", "<u4")])
 
 
 class Store:
@@ -36,6 +37,7 @@ class Store:
     def __init__(self, folder):
         self.info = info = read_json(Path(folder) / "store.json")
         self.digest, self.skipped = info["records_sha256"], info["skipped"]  # the first of the whole JSON Lines file
+        self.kinds = [tuple(kind) for kind in info["kinds"]]
         try:
             self.tokens = np.memmap(Path(folder) / "tokens.bin", info["dtype"], "r", shape=info["tokens"])
             self.records = np.memmap(Path(folder) / "records.bin", RECORD, "r", shape=info["records"])
@@ -50,7 +52,7 @@ class Store:
         record = self.records[i]
         begin = int(self.records[i - 1]["end"]) if i else 0
         return Example(self.tokens[begin:int(record["end"])].tolist(), int(record["n_prompt"]),
-                       LABELS[record["label"]], bool(record["opening"]))
+                       LABELS[record["label"]], bool(record["opening"]), int(record["kind"]))
 
     def labels(self):
         return {LABELS[i] for i in np.unique(self.records["label"])}
@@ -94,12 +96,12 @@ def sha256(path):
 def write(folder, source, tok, max_answer, context, skip_bad):
     """Writes tokens.bin and records.bin; returns store.json's counts."""
     dtype = "<u2" if max(tok.flag_ids) < 2**16 else "<u4"
-    n_tokens = n_records = n_skipped = 0
+    n_tokens, n_records, n_skipped, kinds = 0, 0, 0, {}
     progress = Progress(source)
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "records.bin", "wb") as records:
         for number, line in read_lines(source):
             try:
-                example = read_example(tok, line, f"{source}:{number}", max_answer, context)
+                example, category = read_example(tok, line, f"{source}:{number}", max_answer, context)
             except ValueError as e:
                 if not skip_bad:
                     raise ValueError(f"{e} (--skip-bad leaves such records out)") from None
@@ -108,7 +110,8 @@ def write(folder, source, tok, max_answer, context, skip_bad):
             else:
                 n_tokens, n_records = n_tokens + len(example.ids), n_records + 1
                 tokens.write(np.array(example.ids, dtype).tobytes())
-                record = n_tokens, example.n_prompt, LABELS.index(example.label), example.opening
+                kind = kinds.setdefault((example.label, category), len(kinds))
+                record = n_tokens, example.n_prompt, LABELS.index(example.label), example.opening, kind
                 records.write(np.array(record, RECORD).tobytes())
             progress.add(line, n_records)
     if not n_records:
@@ -116,16 +119,16 @@ def write(folder, source, tok, max_answer, context, skip_bad):
                          f"{source}: all of its {n_skipped} records are bad")
     if n_skipped:
         tell(f"{source}: skipped {n_skipped:,} bad records of {n_skipped + n_records:,}")
-    return {"dtype": dtype, "tokens": n_tokens, "records": n_records, "skipped": n_skipped}
+    return {"dtype": dtype, "tokens": n_tokens, "records": n_records, "skipped": n_skipped, "kinds": list(kinds)}
 
 
 def read_example(tok, line, where, max_answer, context):
-    """The Example of one line; ValueError with `where` if it cannot be trained on."""
+    """(Example, category) of one line; ValueError with `where` if it cannot be trained on."""
     record = check_record(parse_line(line, where), where)
     if not record["response"]:
         raise ValueError(f"{where}: a record without a response: python data/prepare.py --generate writes them")
     try:
-        return make_example(tok, record, max_answer, context)
+        return make_example(tok, record, max_answer, context), record["category"]
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from None
 
