@@ -21,6 +21,7 @@ from parallel import Team
 from train import TrainConfig, batch_of, make_optimizer, run_order, train_step
 
 AHEAD = "nanoflag, records read ahead"  # as train.py does: what is frozen has been read before the loop
+COMPARED = TERMS[:-1]  # without L_kind, which is not of the method
 LORA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -77,8 +78,8 @@ class Peer:
 
     def step(self, layouts):
         """One optimizer step; the mean of each term, in nats."""
-        count = torch.tensor([t for x in layouts for t in x.terms]).sum(0).clamp(min=1)
-        weights = (torch.tensor([getattr(self.job, t) for t in TERMS]) / count).to(self.flag_row.device)
+        count = torch.tensor([t[:-1] for x in layouts for t in x.terms]).sum(0).clamp(min=1)
+        weights = (torch.tensor([getattr(self.job, t) for t in COMPARED]) / count).to(self.flag_row.device)
         self.optimizer.zero_grad()
         sums = 0
         for i in range(0, len(layouts), self.job.micro_batch):
@@ -98,8 +99,8 @@ class Peer:
             log_pi, log_p0 = log_pi[x.at], log_p0[x.reference_at]                                   # (n, V + 1), (n, V)
             log_f, log_not_f = log_pi[:, -1], torch.log1p(-log_pi[:, -1].exp())
             kl_pi = F.kl_div(log_pi[:, :-1], log_p0, log_target=True, reduction="none").sum(-1)
-            losses = torch.stack([kl_pi, -log_f, kl_pi, kl_pi + log_not_f, 0 * log_f], -1)  # no L_kind here
-            sums = sums + (losses * torch.tensor(x.terms, device=losses.device)).sum(0)
+            losses = torch.stack([kl_pi, -log_f, kl_pi, kl_pi + log_not_f], -1)
+            sums = sums + (losses * torch.tensor(x.terms, device=losses.device)[:, :-1]).sum(0)
         return sums
 
 
@@ -182,7 +183,7 @@ def train_bench(config):
     team, optimizer = Team(model.inv_freq.device).take(model), make_optimizer(model, job)
     for group in optimizer.param_groups:
         group["lr"] = 1e-6
-    ahead = lambda layouts: list(train_step(team, optimizer, layouts, job)[0].values())
+    ahead = lambda layouts: [train_step(team, optimizer, layouts, job)[0][t] for t in COMPARED]
     fresh = lambda layouts: [dataclasses.replace(x, below=None, reference=None) for x in layouts]
     known = {"nanoflag": lambda layouts: ahead(fresh(layouts)), AHEAD: ahead}
     if peer is not None:

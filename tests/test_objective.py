@@ -1,5 +1,6 @@
 """The objective against its definition: float64, finite differences, hand-worked layouts."""
 import os
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -11,14 +12,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from objective import CHUNK, TERMS, Example, VocabularyLoss, decompose, flag_prob, lay_out, make_example, objective, pad
 from packed import ROUND, Packed, read, read_both
+from train import trained
 
-BENIGN, FLAG, AFTER, WORDS = range(4)
+BENIGN, FLAG, AFTER, WORDS, KIND = range(5)
+WEIGHTS = torch.tensor([0.3, 0.7, 0.2, 0.5, 0.4])
 RF = 272  # the tiny model's flag
+
+
+@pytest.fixture
+def flagged(flagged):
+    """With rows for three kinds too."""
+    rows = torch.randn(3, flagged.config.hidden_size, generator=torch.Generator().manual_seed(6))
+    flagged.kind_rows = torch.nn.Parameter(0.2 * rows)
+    return flagged
 
 
 def example(label="harmful", n_prompt=3, n_answer=5, seed=0):
     ids = torch.randint(3, 260, (n_prompt + n_answer,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Example(ids, n_prompt, label)
+    return Example(ids, n_prompt, label, kind=seed % 3)
 
 
 def named(layout):
@@ -63,6 +74,16 @@ def test_a_prompt_that_leaves_no_room_for_a_word_is_an_error(tok):
             make_example(tok, record, 64, context)
 
 
+@pytest.mark.parametrize("label", ["harmful", "benign"])
+def test_the_kind_is_asked_for_once_at_the_first_position_and_counts_the_same_for_all(label):
+    e = Example([10, 11, 20, 21, 22], 2, label, kind=7)
+    x, plain = (lay_out(e, 1, RF, 0, "all") for e in (e, replace(e, kind=None)))
+    assert x.kind == 7 and plain.kind is None and not any(KIND in t for t in named(plain))
+    assert [KIND in t for t in named(x)] == [True] + [False] * (len(x.at) - 1) and x.at[0] == 1
+    assert [[*t[:-1], 0] for t in x.terms] == plain.terms
+    assert x.weighed(0.25).terms == [[*(0.25 * t for t in at[:-1]), at[-1]] for at in x.terms]
+
+
 def test_the_example_is_cut_at_the_last_answer(tok):
     record = {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
                          {"role": "user", "content": "c"}], "response": "de", "opening": "d", "label": "benign"}
@@ -97,9 +118,9 @@ def random_positions(n=7, c=6, v=9, n_flags=2, dtype=torch.float64):
     """hidden, the flags' rows, reference, head, terms, weights, target, as VocabularyLoss takes them."""
     g = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)
-    terms = torch.randint(2, (n, len(TERMS)), generator=g)
+    terms = torch.randint(2, (n, KIND), generator=g)  # all terms but the last
     return (draw(n, c).requires_grad_(), draw(n_flags, c).requires_grad_(), draw(n, c), draw(v, c), terms,
-            torch.rand(len(TERMS), generator=g, dtype=dtype), torch.randint(v, (n,), generator=g))
+            torch.rand(KIND, generator=g, dtype=dtype), torch.randint(v, (n,), generator=g))
 
 
 def plain_terms(hidden, rows, reference, head, terms, target, after):
@@ -130,10 +151,10 @@ def test_the_vocabulary_loss_is_the_plain_one_in_float64(monkeypatch, after, chu
 
 
 @pytest.mark.parametrize("after", ["kl", "ce"])
-@pytest.mark.parametrize("term", range(4))
+@pytest.mark.parametrize("term", range(KIND))
 def test_each_term_has_the_gradient_of_finite_differences(term, after):
     hidden, rows, reference, head, terms, _, target = random_positions()
-    weights = F.one_hot(torch.tensor(term), len(TERMS)).double()
+    weights = F.one_hot(torch.tensor(term), KIND).double()
     assert torch.autograd.gradcheck(lambda hidden, rows: VocabularyLoss.apply(
         hidden, rows, reference, head, terms, weights, target, after)[0], (hidden, rows))
 
@@ -175,14 +196,15 @@ def gradients(model, groups, weights, **settings):
         loss.backward()
         torch.testing.assert_close(loss.detach(), (part * weights).sum())
         sums = sums + part
-    return sums, {n: p.grad.clone() for n, p in model.flag_parameters().items() if p.requires_grad}
+    return sums, {n: p.grad.clone() for n, p in trained(model).items() if p.requires_grad}
 
 
 def plain_loss(model, batch, weights, after):
     """The objective as method and signs say it, one position at a time, with full logits and no chunk."""
     total = 0
     for x in batch:
-        logits = model.logits(model(torch.tensor([x.ids])))[0]
+        hidden = model(torch.tensor([x.ids]))
+        logits = model.logits(hidden)[0]
         with torch.no_grad(), model.flag_off():
             p0 = model.logits(model(torch.tensor([x.reference_ids])))[0].softmax(-1)
         for at, ref, terms, target in zip(x.at, x.reference_at, named(x), x.target):
@@ -190,19 +212,22 @@ def plain_loss(model, batch, weights, after):
             kl_pi = (p0[ref] * (p0[ref].log() - log_pi[:v])).sum()
             kl_q = (p0[ref] * (p0[ref].log() - logits[at][:v].log_softmax(-1))).sum()
             loss = {BENIGN: kl_pi, FLAG: -log_pi[v], WORDS: kl_q, AFTER: kl_pi if after == "kl" else -log_pi[target]}
-            total = total + sum(weights[term] * loss[term] for term in terms)
+            if KIND in terms and model.kind_rows is not None:
+                scores = model.kind_rows @ hidden[0, at]
+                total = total + weights[KIND] * (scores.exp().sum() / scores[x.kind].exp()).log()
+            total = total + sum(weights[term] * loss[term] for term in terms if term != KIND)
     return total
 
 
 @pytest.mark.parametrize("after", ["kl", "ce"])
 def test_it_has_the_gradient_of_the_plain_objective(flagged, after):
-    weights = torch.tensor([0.3, 0.7, 0.2, 0.5])
+    weights = WEIGHTS
     sums, found = gradients(flagged, [layouts()], weights, after=after)
     flagged.zero_grad()
     loss = plain_loss(flagged, layouts(), weights, after)
     loss.backward()
     torch.testing.assert_close((sums * weights).sum(), loss.detach(), rtol=1e-4, atol=1e-5)
-    for name, p in flagged.flag_parameters().items():
+    for name, p in trained(flagged).items():
         torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
@@ -213,7 +238,7 @@ def test_blocks_without_lora_are_read_once_for_both_models(model, layers, rank):
     with torch.no_grad():
         for p in model.flag_parameters().values():
             p.add_(0.2 * torch.randn(p.shape, generator=generator))
-    weights, batch = torch.tensor([0.3, 0.7, 0.2, 0.5]), layouts()
+    weights, batch = WEIGHTS, layouts()
     rows, references = [x.ids for x in batch], [x.reference_ids for x in batch]
     with torch.no_grad():
         plain = [model(torch.tensor([x.ids]))[0, x.at] for x in batch]
@@ -232,7 +257,7 @@ def test_blocks_without_lora_are_read_once_for_both_models(model, layers, rank):
 
 
 def test_micro_batches_and_chunks_add_up_to_one_batch(flagged, monkeypatch):
-    weights = torch.tensor([0.3, 0.7, 0.2, 0.5])
+    weights = WEIGHTS
     sums, whole = gradients(flagged, [layouts()], weights)
     monkeypatch.setitem(CHUNK, "cpu", 3)
     parts_sums, parts = gradients(flagged, [[x] for x in layouts()], weights)
@@ -242,7 +267,7 @@ def test_micro_batches_and_chunks_add_up_to_one_batch(flagged, monkeypatch):
 
 
 def test_recomputing_the_blocks_changes_no_gradient(flagged):
-    weights = torch.tensor([0.3, 0.7, 0.2, 0.5])
+    weights = WEIGHTS
     kept = gradients(flagged, [layouts()], weights)
     calls, block = [], flagged.layers[0].forward
     flagged.layers[0].forward = lambda *args: calls.append(torch.is_grad_enabled()) or block(*args)
@@ -254,7 +279,7 @@ def test_recomputing_the_blocks_changes_no_gradient(flagged):
 
 def test_only_the_adapter_gets_gradients(flagged):
     objective(flagged, layouts(), torch.ones(len(TERMS)))[0].backward()
-    assert {n for n, p in flagged.named_parameters() if p.grad is not None} == set(flagged.flag_parameters())
+    assert {n for n, p in flagged.named_parameters() if p.grad is not None} == {*flagged.flag_parameters(), "kind_rows"}
 
 
 @given(st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=6), min_size=1, max_size=6), st.integers(1, 3))

@@ -2,6 +2,7 @@
 import json
 import os
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,9 +14,9 @@ from objective import make_example
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
 RECORD = st.builds(
-    lambda prompt, opening, response, label: dict(prompt="p" + prompt, opening=opening, response=opening + "r" + response,
-                                                  label=label, category="x"),
-    TEXT, TEXT, TEXT, st.sampled_from(["harmful", "borderline", "benign"]))
+    lambda prompt, opening, response, label, category: dict(
+        prompt="p" + prompt, opening=opening, response=opening + "r" + response, label=label, category=category),
+    TEXT, TEXT, TEXT, st.sampled_from(["harmful", "borderline", "benign"]), st.sampled_from(["theft", "cooking", ""]))
 GOOD = json.dumps(dict(prompt="hello", response="the answer", opening="", label="benign", category="x"))
 
 
@@ -29,7 +30,10 @@ def test_a_store_gives_what_make_example_gives(tiny, tok, tmp_path, records, max
     path = tmp_path / "r.jsonl"
     path.write_text("\n".join(json.dumps(r, ensure_ascii=ascii_only) for r in records), encoding="utf-8")
     store = opened(path, tiny, tok, max_answer)
-    assert list(store) == [make_example(tok, r, max_answer, 255) for r in records] and len(store) == len(records)
+    kinds = list(dict.fromkeys((r["label"], r["category"]) for r in records))  # in the order of their first records
+    assert store.kinds == kinds and len(store) == len(records)
+    assert list(store) == [replace(make_example(tok, r, max_answer, 255), kind=kinds.index((r["label"], r["category"])))
+                           for r in records]
     assert store[-1] == store[len(store) - 1] and store.labels() == {r["label"] for r in records}
 
 
@@ -58,7 +62,7 @@ def test_a_bad_record_is_named_with_its_line_and_left_out_only_if_asked(tiny, to
             opened(path, tiny, tok)
     capsys.readouterr()
     store = opened(path, tiny, tok, skip_bad=True)
-    assert list(store) == [make_example(tok, json.loads(GOOD), 12, 255)] * 2 and store.skipped == 2
+    assert list(store) == [replace(make_example(tok, json.loads(GOOD), 12, 255), kind=0)] * 2 and store.skipped == 2
     first, second, total = capsys.readouterr().err.splitlines()
     assert "r.jsonl:3: " in first and "r.jsonl:5: " in second and message in first and "2 bad records of 4" in total
 
@@ -80,7 +84,7 @@ def test_a_store_is_used_again_until_what_it_depends_on_changes(tiny, tok, tmp_p
         opened(path, tiny, tok, **arguments)
         assert len(calls) == n_calls
     path.write_text(GOOD.replace("hello", "HELLO"))
-    assert opened(path, tiny, tok)[0] == make_example(tok, json.loads(path.read_text()), 12, 255)
+    assert opened(path, tiny, tok)[0].ids == make_example(tok, json.loads(path.read_text()), 12, 255).ids
 
 
 def test_a_half_written_store_is_never_used(tiny, tok, tmp_path, monkeypatch):

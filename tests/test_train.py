@@ -184,6 +184,24 @@ def test_what_is_saved_is_the_adapter_alone_with_settings_and_figures(command, m
     assert model.threshold == info["threshold"]
 
 
+def kinds_seen(out):
+    return [json.loads(line)["kind"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_lora_learns_the_kinds_from_rows_that_start_at_nothing(command):
+    out = command("out", steps=40, kind=100, benign=0, words=0, after=0)
+    assert kinds_seen(out)[0] == pytest.approx(np.log(2))  # ("harmful", "x") and ("benign", "x")
+    assert np.mean(kinds_seen(out)[-4:]) < 0.4
+
+
+def test_without_kinds_nothing_asks_for_them(command, monkeypatch):
+    with_kinds = []
+    real = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda team, *a: with_kinds.append(team.model.kind_rows) or real(team, *a))
+    for flags in ({"kind": 0}, {"rank": 0}):
+        assert kinds_seen(command(f"out{len(with_kinds)}", **flags)) == [None] * 6 == with_kinds[-6:]
+
+
 def test_rank_0_trains_the_unembedding_row_alone(command):
     tensors = load_file(command("probe", rank=0) / "flag.safetensors")
     assert set(tensors) == {"flag_embed", "flag_unembed"} and tensors["flag_unembed"].abs().sum() > 0
