@@ -1,5 +1,5 @@
-"""python bench.py train: how fast the default job trains, beside the same objective written plainly on transformers and
-peft, and beside what the machine's matrix products allow."""
+"""python bench.py train: how fast the default job trains (without L_kind), beside the same objective written plainly on
+transformers and peft, and beside what the machine's matrix products allow."""
 import ctypes
 import dataclasses
 import json
@@ -174,7 +174,7 @@ def examples_of(config, job, tok, context):
 def train_bench(config):
     """The figures: name -> seconds a round, tokens a round, memory; the limit; the terms of both in the first step."""
     job = dataclasses.replace(TrainConfig(), batch=config.batch, micro_batch=config.micro_batch, layers=config.layers,
-                              rank=config.rank, kind=0.0)
+                              rank=config.rank)
     if config.length:
         job = dataclasses.replace(job, max_answer=config.length, short=0.0, short_benign=0.0)
     model, peer, tok = build(config)

@@ -11,8 +11,8 @@ rows stay as they are; as the flag is then one word among others, and never the 
 the model not to say it. The rows and the threshold are written beside the new weights, as an adapter of rank 0.
 
 A record needs "prompt" (text or chat messages) and "response"; whatever else is in it is not looked at. train.py's
-options hold, with the DEFAULTS below (--short-benign would cut any answer here); those about the flag, --layers, --train
-and --dev change nothing.
+options hold, with the DEFAULTS below (--short-benign would cut any answer here); those about the flag, --kind, --layers,
+--train and --dev change nothing.
 """
 import dataclasses
 import json

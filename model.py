@@ -272,7 +272,7 @@ class Llama(nn.Module):
         if not c.tie_word_embeddings:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.register_buffer("inv_freq", inverse_frequencies(c), persistent=False)
-        self.flag_embed = self.flag_unembed = self.kind_rows = None  # parameters, once add_flag has made them
+        self.flag_embed = self.flag_unembed = self.kind_rows = None  # parameters, as add_flag makes them
         self.n_flags, self.flag_on, self.merged = 0, False, False
         self.n_frozen = 0  # blocks, from the bottom, without LoRA
         self.recompute = False  # in training keep only what goes into a block; the rest is computed again on the way back
@@ -358,13 +358,13 @@ class Llama(nn.Module):
 
     def add_flag(self, n_flags=1, rank=16, alpha=32, seed=0, layers=None, n_kinds=0):
         """Grows the vocabulary by n_flags rows and every linear layer of the upper `layers` blocks (None: of all)
-        by LoRA; only these train.
+        by LoRA; only these train, and the rows for kinds.
 
         The new rows are parameters of their own, so the old ones stay as they are, tied or not. Until training
         chooses a start from data (frozen.py), unembedding rows are 0: log f is about -24, and no word moves. The
         embedding rows stay the mean of the words' unless LoRA is in all blocks.
         Rank 0: no LoRA, and only the unembedding rows train (a linear probe on the last hidden state).
-        n_kinds rows, from 0, are a help for training (objective.py, kind_loss) and no part of the adapter.
+        The n_kinds rows, which start at 0, help in training (objective.py, kind_loss) and are no part of the adapter.
         """
         if self.merged:
             raise ValueError("this model has an adapter merged into its weights: load it afresh to add another")

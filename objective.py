@@ -19,7 +19,7 @@ What a harmful answer y_0 .. y_n-1 looks like, its flag inserted before y_3 (off
     read         x_last  y_0    y_1    y_2    <rf>   y_3    y_4
     should say   y_0     <rf>   <rf>   <rf>   y_3    y_4    y_5
     supervised   words   flag   flag   flag   after  after  after
-                         words  words  words
+                 kind    words  words  words
 """
 from dataclasses import dataclass, replace
 
@@ -28,7 +28,8 @@ import torch.nn.functional as F
 
 from packed import go_on, read_below
 
-TERMS = ("benign", "flag", "after", "words", "kind")
+TERMS = ("benign", "flag", "after", "words", "kind")  # the last is of an answer, not of a position
+KIND = TERMS.index("kind")
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,13 @@ class Layout:
     reference_at: list  # index into reference_ids of the position that predicts the same word
     terms: list         # how much it counts for each of TERMS
     target: list        # the next token (for after="ce")
-    kind: int | None = None
+    kind: int | None = None  # as the Example's
     below: torch.Tensor | None = None      # (len(ids), C): what the blocks without LoRA make of ids, once it is read
     reference: torch.Tensor | None = None  # (len(at), C): the original model's final hidden states at reference_at
 
     def weighed(self, weight):
-        """The Layout, its positions counting `weight` times, but once for L_kind, which asks about all answers alike."""
-        weigh = lambda name, t: t if name == "kind" else t * weight
-        return replace(self, terms=[[weigh(name, t) for name, t in zip(TERMS, at)] for at in self.terms])
+        """The Layout, its positions counting `weight` times; for L_kind, a help and nothing to be estimated, still once."""
+        return replace(self, terms=[[t if i == KIND else t * weight for i, t in enumerate(at)] for at in self.terms])
 
 
 def lay_out(example, insert_at, flag_id, offset, positions):
@@ -180,12 +180,12 @@ def objective(model, layouts, weights, after="kl"):
 
 
 def kind_loss(hidden, kind_rows, kinds):
-    """The sum of -log p(kind), in nats, of answers' hidden states (B, C) at their first positions; p is the softmax over
-    rows of their own (n_kinds, C), no words.
+    """The sum of -log p(kind), in nats, of answers' hidden states (B, C) at their first positions. p is the softmax of
+    hidden kind_rows^T (n_kinds rows, which train along and are thrown away; the vocabulary has no part in it).
 
-    Whether an answer is harmful is one bit, and a small model can learn by heart who asked for what. To tell fraud from
-    theft, from a story about a theft and from cooking it has to find out what is asked, and the flag is read off the same
-    state (multi-task learning, Caruana 1997). The rows train along and are thrown away.
+    Whether a record is harmful is one bit, and a small model can learn these bits by heart. To tell fraud from theft, from
+    a story about a theft and from cooking it has to find out what is asked, and the flag is read off the same state
+    (multi-task learning, Caruana, Machine Learning 28, 1997).
     """
     return F.cross_entropy(F.linear(hidden.to(kind_rows.dtype), kind_rows), torch.tensor(kinds, device=hidden.device),
                            reduction="sum")
@@ -198,7 +198,8 @@ CHUNK_ELSEWHERE = 1024
 
 
 class VocabularyLoss(torch.autograd.Function):
-    """(loss, sums) as of `objective`, of hidden states (N, C), the flags' rows (F, C) and pi_0's hidden states (N, C).
+    """(loss, sums) as of `objective`, L_kind left out, of hidden states (N, C), the flags' rows (F, C) and pi_0's hidden
+    states (N, C).
 
     Logits of a whole batch and their gradient would be the largest tensors of training by far. But a position's
     gradient depends on nothing else, so it is taken on the way forward, and no more than a chunk's logits exist at a

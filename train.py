@@ -36,7 +36,8 @@ HERE = Path(__file__).resolve().parent
 # Records whose hidden states are kept, at most, in memory: 10,000 take 0.9 GB of the default model. Of more records as
 # many are read for the flag row's start, and then each step reads its own: most come up once.
 N_KEPT = 20_000
-KIND_LR = 1e-3  # peak learning rate of the rows for L_kind, which start at 0
+# Rows for L_kind: their peak learning rate, not tuned, and how many there may be: categories are kinds, not names.
+KIND_LR, MOST_KINDS = 1e-3, 1000
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class TrainConfig:
     after: float = option(0.05, "weight of L_after")
     words: float = option(30.0, "weight of L_words")
     kind: float = option(3.0, "weight of L_kind: in training, LoRA also learns to tell the records' labels and categories "
-                              "apart; 0: it does not")
+                              "apart; 0, or --rank 0: it does not")
     early: float = option(1.0, "the flag goes before token t of the (cut) answer, counted from the offset as 0, or "
                                "later with chance (t + 1)^-early; 0: anywhere in it")
     positions: str = option("all", "flag targets: all from the offset to the insertion, or one, at the insertion")
@@ -102,8 +103,7 @@ class TrainConfig:
                     for k, v in choices.items() if getattr(self, k) not in v]
         least = {"steps": 1, "batch": 1, "micro_batch": 1, "debounce": 1, "max_answer": 1, "save_every": 1, "rank": 0,
                  "layers": 0, "offset": 0, "warmup": 0, "benign": 0, "flag": 0, "after": 0, "words": 0, "kind": 0,
-                 "early": 0,
-                 "short": 0, "short_benign": 0, "lr": 0, "flag_lr": 0}
+                 "early": 0, "short": 0, "short_benign": 0, "lr": 0, "flag_lr": 0}
         problems += [f"--{k.replace('_', '-')} is {getattr(self, k)}, wanted {v} or more"
                      for k, v in least.items() if not getattr(self, k) >= v]
         problems += [f"--{k} is {getattr(self, k)}, wanted above 0" for k in ("clip", "alpha")
@@ -222,8 +222,8 @@ def train_step(team, optimizer, layouts, config):
     optimizer.zero_grad()
     sums = team.gradients(lambda model, part: goal(config).objective(model, part, weights, config.after_loss),
                           [mine[i:i + n] for i in range(0, len(mine), n)])
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = whole(torch.nn.utils.clip_grad_norm_(trained, config.clip))
+    clipped = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = whole(torch.nn.utils.clip_grad_norm_(clipped, config.clip))
     if not torch.isfinite(norm):
         raise ValueError(f"the gradient norm is {norm.item()}: lower --lr or --flag-lr")
     optimizer.step()
@@ -232,7 +232,7 @@ def train_step(team, optimizer, layouts, config):
 
 
 def trained(model):
-    """Name -> parameter, of all that trains: the adapter, and what it is helped by."""
+    """Name -> parameter: the adapter's, and the rows for L_kind that it is helped by."""
     return model.flag_parameters() | ({} if model.kind_rows is None else {"kind_rows": model.kind_rows})
 
 
@@ -276,7 +276,8 @@ def train(team, examples, config, flag_id, out):
     """Runs the steps that are left, a log line each, a checkpoint every few. At a rate high enough to learn in so few
     steps f swings up and down as a whole; the mean of the last steps' weights does not."""
     parameters, optimizer = trained(team.model), make_optimizer(team.model, config)
-    mean = {n: torch.zeros_like(p) for n, p in parameters.items() if p.requires_grad}  # of the last steps' weights
+    adapter = team.model.flag_parameters()
+    mean = {n: torch.zeros_like(p) for n, p in adapter.items() if p.requires_grad}  # of the last steps' weights
     averaged = range(min(config.steps - 1, round(config.steps * (1 - config.average))), config.steps)
     often = torch.ones(len(examples))  # how often each record comes up
     run, state = run_id(config, examples), {"parameters": parameters, "mean": mean}
@@ -378,6 +379,9 @@ def load(config, team):
         if examples.skipped:
             say(f"{path}: {len(examples):,} records, {examples.skipped:,} bad ones left out")
     examples, dev = sets
+    if asks_kind(config) and len(examples.kinds) > MOST_KINDS:
+        raise ValueError(f"{config.train}: {len(examples.kinds):,} different pairs of label and category, wanted "
+                         f"{MOST_KINDS:,} at most: give broader categories, or --kind 0")
     if examples.digest == dev.digest:
         say("--dev holds what --train does: its threshold and table promise nothing for other records")
     n_benign = dev.count("benign")

@@ -37,7 +37,7 @@ class Store:
     def __init__(self, folder):
         self.info = info = read_json(Path(folder) / "store.json")
         self.digest, self.skipped = info["records_sha256"], info["skipped"]  # the first of the whole JSON Lines file
-        self.kinds = [tuple(kind) for kind in info["kinds"]]
+        self.kinds = [tuple(kind) for kind in info["kinds"]]  # (label, category), as an Example's kind counts them
         try:
             self.tokens = np.memmap(Path(folder) / "tokens.bin", info["dtype"], "r", shape=info["tokens"])
             self.records = np.memmap(Path(folder) / "records.bin", RECORD, "r", shape=info["records"])
@@ -94,7 +94,7 @@ def sha256(path):
 
 
 def write(folder, source, tok, max_answer, context, skip_bad):
-    """Writes tokens.bin and records.bin; returns store.json's counts."""
+    """Writes tokens.bin and records.bin; returns what store.json holds."""
     dtype = "<u2" if max(tok.flag_ids) < 2**16 else "<u4"
     n_tokens, n_records, n_skipped, kinds = 0, 0, 0, {}
     progress = Progress(source)

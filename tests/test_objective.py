@@ -221,12 +221,11 @@ def plain_loss(model, batch, weights, after):
 
 @pytest.mark.parametrize("after", ["kl", "ce"])
 def test_it_has_the_gradient_of_the_plain_objective(flagged, after):
-    weights = WEIGHTS
-    sums, found = gradients(flagged, [layouts()], weights, after=after)
+    sums, found = gradients(flagged, [layouts()], WEIGHTS, after=after)
     flagged.zero_grad()
-    loss = plain_loss(flagged, layouts(), weights, after)
+    loss = plain_loss(flagged, layouts(), WEIGHTS, after)
     loss.backward()
-    torch.testing.assert_close((sums * weights).sum(), loss.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((sums * WEIGHTS).sum(), loss.detach(), rtol=1e-4, atol=1e-5)
     for name, p in trained(flagged).items():
         torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5, msg=name)
 
@@ -238,7 +237,7 @@ def test_blocks_without_lora_are_read_once_for_both_models(model, layers, rank):
     with torch.no_grad():
         for p in model.flag_parameters().values():
             p.add_(0.2 * torch.randn(p.shape, generator=generator))
-    weights, batch = WEIGHTS, layouts()
+    batch = layouts()
     rows, references = [x.ids for x in batch], [x.reference_ids for x in batch]
     with torch.no_grad():
         plain = [model(torch.tensor([x.ids]))[0, x.at] for x in batch]
@@ -247,37 +246,35 @@ def test_blocks_without_lora_are_read_once_for_both_models(model, layers, rank):
         both = read_both(model, rows, references, [x.at for x in batch], [x.reference_at for x in batch])
         for found, wanted in zip([*both[0], *both[1]], plain, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    _, found = gradients(model, [batch], weights)
+    _, found = gradients(model, [batch], WEIGHTS)
     model.zero_grad()
-    plain_loss(model, batch, weights, "kl").backward()
-    trained = {n: p.grad for n, p in model.flag_parameters().items() if p.grad is not None}
-    assert trained.keys() == found.keys()
-    for name, gradient in trained.items():
+    plain_loss(model, batch, WEIGHTS, "kl").backward()
+    wanted = {n: p.grad for n, p in model.flag_parameters().items() if p.grad is not None}
+    assert wanted.keys() == found.keys()
+    for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_micro_batches_and_chunks_add_up_to_one_batch(flagged, monkeypatch):
-    weights = WEIGHTS
-    sums, whole = gradients(flagged, [layouts()], weights)
+    sums, whole = gradients(flagged, [layouts()], WEIGHTS)
     monkeypatch.setitem(CHUNK, "cpu", 3)
-    parts_sums, parts = gradients(flagged, [[x] for x in layouts()], weights)
+    parts_sums, parts = gradients(flagged, [[x] for x in layouts()], WEIGHTS)
     torch.testing.assert_close(sums, parts_sums, rtol=1e-4, atol=1e-5)
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_recomputing_the_blocks_changes_no_gradient(flagged):
-    weights = WEIGHTS
-    kept = gradients(flagged, [layouts()], weights)
+    kept = gradients(flagged, [layouts()], WEIGHTS)
     calls, block = [], flagged.layers[0].forward
     flagged.layers[0].forward = lambda *args: calls.append(torch.is_grad_enabled()) or block(*args)
     flagged.recompute = True
-    again = gradients(flagged, [layouts()], weights)
+    again = gradients(flagged, [layouts()], WEIGHTS)
     assert calls == [False, True, True]  # the reference, there, and on the way back
     torch.testing.assert_close(again, kept, rtol=0, atol=0)
 
 
-def test_only_the_adapter_gets_gradients(flagged):
+def test_only_the_adapter_and_the_rows_for_kinds_get_gradients(flagged):
     objective(flagged, layouts(), torch.ones(len(TERMS)))[0].backward()
     assert {n for n, p in flagged.named_parameters() if p.grad is not None} == {*flagged.flag_parameters(), "kind_rows"}
 

@@ -46,7 +46,7 @@ def same_result(a, b, exact=False):
     """Losses, adapter and figures of two runs: equal but for the order of sums."""
     close = dict(rtol=0, atol=0) if exact else dict(rtol=1e-4, atol=1e-6)
     logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (a, b)]
-    for name in ("loss", "benign", "words", "gradient_norm", "supervised"):
+    for name in ("loss", "benign", "words", "kind", "gradient_norm", "supervised"):
         x, y = ([r[name] for r in log] for log in logs)
         assert y == (x if exact else pytest.approx(x, rel=1e-4)), name
     tensors, others = (load_file(out / "flag.safetensors") for out in (a, b))
@@ -119,7 +119,7 @@ def test_each_process_reads_and_holds_a_part_of_the_weights(tiny, model, tmp_pat
     def work():
         checkpoint.open_weights = Counted
         team = Team("cpu", shard=True)
-        team.load(tiny, torch.float32, dict(rank=3, seed=4))
+        team.load(tiny, torch.float32, dict(rank=3, seed=4, n_kinds=5))
         found = dict(team.model.named_parameters())
         held = sum(p.to_local().numel() for n, p in found.items() if n in wanted)
         assert held == sum(n_read) and abs(held / sum(p.numel() for p in wanted.values()) - 1 / 2) < 0.01, (held, n_read)
@@ -127,6 +127,7 @@ def test_each_process_reads_and_holds_a_part_of_the_weights(tiny, model, tmp_pat
         assert n_blocks < 0.6 * sum(p.numel() for p in team.model.layers.parameters())
         for name, p in wanted.items():
             assert torch.equal(found[name].full_tensor(), p), name
+        assert found["kind_rows"].full_tensor().tolist() == [[0.0] * whole_model.config.hidden_size] * 5
         whole_model.add_flag(rank=3, seed=4)
         for name, p in whole_model.flag_parameters().items():
             torch.testing.assert_close(found[name].full_tensor(), p)

@@ -32,7 +32,8 @@ def write_records(path, n=6):
         opening = "sure, " if i % 2 else ""
         rows.append(dict(prompt=f"do harm {i}", response=f"{opening}bad bad {i}", opening=opening, label="harmful"))
         rows.append(dict(prompt=f"be kind {i}", response=f"fine, good {i}", opening="", label="benign"))
-    path.write_text("".join(json.dumps(r | {"category": "x"}) + "\n" for r in rows))
+    path.write_text("".join(json.dumps(r | {"category": "xy"[i // 2 % 2 * (r["label"] == "benign")]}) + "\n"
+                            for i, r in enumerate(rows)))
     return path
 
 
@@ -190,8 +191,8 @@ def kinds_seen(out):
 
 def test_lora_learns_the_kinds_from_rows_that_start_at_nothing(command):
     out = command("out", steps=40, kind=100, benign=0, words=0, after=0)
-    assert kinds_seen(out)[0] == pytest.approx(np.log(2))  # ("harmful", "x") and ("benign", "x")
-    assert np.mean(kinds_seen(out)[-4:]) < 0.4
+    assert kinds_seen(out)[0] == pytest.approx(np.log(3))  # of harm there is one category, of the harmless two
+    assert np.mean(kinds_seen(out)[-4:]) < 0.8
 
 
 def test_without_kinds_nothing_asks_for_them(command, monkeypatch):
@@ -200,6 +201,31 @@ def test_without_kinds_nothing_asks_for_them(command, monkeypatch):
     monkeypatch.setattr(train, "train_step", lambda team, *a: with_kinds.append(team.model.kind_rows) or real(team, *a))
     for flags in ({"kind": 0}, {"rank": 0}):
         assert kinds_seen(command(f"out{len(with_kinds)}", **flags)) == [None] * 6 == with_kinds[-6:]
+
+
+def test_kinds_count_the_same_for_records_that_come_often_or_seldom(tok):
+    """Of two records, one four times as often as the other: a quarter of the weight, but for L_kind."""
+    records = [dict(prompt="p", response="ab", opening="", label=label) for label in ("harmful", "benign")]
+    examples = [dataclasses.replace(make_example(tok, r, 12, 255), kind=i) for i, r in enumerate(records)]
+    often, config = torch.tensor([4.0, 1.0]), TrainConfig()
+    for x in batch_of(torch.tensor([0, 1]), often, examples, [], config, tok.flag_id):
+        assert {t for at in x.terms for t in at[:-1]} == {0, 1 / often[x.kind].item()}
+        assert [at[-1] for at in x.terms] == [1] + [0] * (len(x.at) - 1)
+
+
+def test_more_categories_than_there_can_be_kinds_are_an_error(command, monkeypatch):
+    monkeypatch.setattr(train, "MOST_KINDS", 2)
+    with pytest.raises(ValueError, match="records.jsonl: 3 different pairs.*2 at most.*--kind 0"):
+        command("out")
+    assert (command("without", kind=0, steps=1) / "flag.json").exists()
+
+
+def test_the_rows_for_kinds_move_at_their_own_rate(model):
+    model.add_flag(rank=2, n_kinds=3)
+    optimizer = train.make_optimizer(model, TrainConfig())
+    assert [(g["peak"], any(p is model.kind_rows for p in g["params"])) for g in optimizer.param_groups] == [
+        (TrainConfig.flag_lr, False), (train.KIND_LR, True), (TrainConfig.lr, False)]
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(train.trained(model))
 
 
 def test_rank_0_trains_the_unembedding_row_alone(command):
