@@ -58,7 +58,7 @@ class TrainConfig:
     micro_batch: int = option(32, "answers in the model at once, in each process; fewer: less memory, other rounding")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
     short: float = option(0.5, "in training a harmful one is cut to t tokens or more with chance t^-short; 0: not cut")
-    short_benign: float = option(0.2, "the same for benign and borderline answers")
+    short_benign: float = option(0.35, "the same for benign and borderline answers")
     hard: float = option(4.0, "the worse the fitted row judges a record, the more often it comes up, and counts the less "
                               "for it: about so many times the average at most, no less than one part in so many; 1, "
                               "--no-fit, or over 20,000 records: all alike")
