@@ -1,5 +1,5 @@
-"""python bench.py train: how fast the default job trains (without L_kind), beside the same objective written plainly on
-transformers and peft, and beside what the machine's matrix products allow."""
+"""python bench.py train: how fast the default job trains, beside the same objective written plainly on transformers and
+peft, and beside what the machine's matrix products allow."""
 import ctypes
 import dataclasses
 import json

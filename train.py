@@ -1,4 +1,4 @@
-"""Trains the red flag into a Llama: rows for the flag, LoRA, an objective of five terms, a calibrated threshold.
+"""Trains the red flag into a Llama: rows for the flag, LoRA, an objective of four terms or five, a calibrated threshold.
 
     python train.py --init llama                 # SmolLM2-135M-Instruct on data/mini, about 14 minutes on 2 CPU cores
     python train.py --init llama --weights DIR --train my.jsonl --dev my_dev.jsonl --out my_flag
@@ -53,11 +53,11 @@ class TrainConfig:
     finetune: str | None = option(None, "instead of all this, fine-tune the words on these records (finetune.py)")
     adapter: str | None = option(None, "with --finetune: a flag adapter that is merged into the model first")
     # how long
-    steps: int = option(500, "optimizer steps")
+    steps: int = option(600, "optimizer steps")
     batch: int = option(32, "answers a step")
     micro_batch: int = option(32, "answers in the model at once, in each process; fewer: less memory, other rounding")
     max_answer: int = option(64, "answers are cut to at most so many tokens")
-    short: float = option(0.5, "in training a harmful one is cut to t tokens or more with chance t^-short; 0: not cut")
+    short: float = option(1.0, "in training a harmful one is cut to t tokens or more with chance t^-short; 0: not cut")
     short_benign: float = option(0.35, "the same for benign and borderline answers")
     hard: float = option(4.0, "the worse the fitted row judges a record, the more often it comes up, and counts the less "
                               "for it: about so many times the average at most, no less than one part in so many; 1, "
@@ -67,9 +67,9 @@ class TrainConfig:
     flag: float = option(1.0, "weight of L_flag")
     after: float = option(0.05, "weight of L_after")
     words: float = option(30.0, "weight of L_words")
-    kind: float = option(3.0, "weight of L_kind: in training, LoRA also learns to tell the records' labels and categories "
-                              "apart; 0, or --rank 0: it does not")
-    early: float = option(1.0, "the flag goes before token t of the (cut) answer, counted from the offset as 0, or "
+    kind: float = option(0.0, "weight of L_kind: LoRA also learns to tell the records' labels and categories apart, which "
+                              "finds more and moves the words more; 0, or --rank 0: it does not")
+    early: float = option(3.0, "the flag goes before token t of the (cut) answer, counted from the offset as 0, or "
                                "later with chance (t + 1)^-early; 0: anywhere in it")
     positions: str = option("all", "flag targets: all from the offset to the insertion, or one, at the insertion")
     offset: int = option(0, "first answer position that may be asked for the flag (k): evidence seen before it; of an "

@@ -22,7 +22,7 @@ from parallel import Team
 from train import TrainConfig, batch_of, how_often, insertion, layout_of, learning_rate, power_law, ready, run_order
 
 SMALL = {"steps": 6, "batch": 4, "micro-batch": 2, "max-answer": 12, "save-every": 2, "short": 0, "short-benign": 0,
-         "rank": 2, "lr": 0.01, "dtype": "float32", "device": "cpu"}
+         "rank": 2, "lr": 0.01, "kind": 3.0, "dtype": "float32", "device": "cpu"}
 
 
 def write_records(path, n=6):
@@ -207,7 +207,7 @@ def test_kinds_count_the_same_for_records_that_come_often_or_seldom(tok):
     """Of two records, one four times as often as the other: a quarter of the weight, but for L_kind."""
     records = [dict(prompt="p", response="ab", opening="", label=label) for label in ("harmful", "benign")]
     examples = [dataclasses.replace(make_example(tok, r, 12, 255), kind=i) for i, r in enumerate(records)]
-    often, config = torch.tensor([4.0, 1.0]), TrainConfig()
+    often, config = torch.tensor([4.0, 1.0]), dataclasses.replace(TrainConfig(), kind=3.0)
     for x in batch_of(torch.tensor([0, 1]), often, examples, [], config, tok.flag_id):
         assert {t for at in x.terms for t in at[:-1]} == {0, 1 / often[x.kind].item()}
         assert [at[-1] for at in x.terms] == [1] + [0] * (len(x.at) - 1)
