@@ -84,7 +84,7 @@ def test_a_store_is_used_again_until_what_it_depends_on_changes(tiny, tok, tmp_p
         opened(path, tiny, tok, **arguments)
         assert len(calls) == n_calls
     path.write_text(GOOD.replace("hello", "HELLO"))
-    assert opened(path, tiny, tok)[0].ids == make_example(tok, json.loads(path.read_text()), 12, 255).ids
+    assert opened(path, tiny, tok)[0] == replace(make_example(tok, json.loads(path.read_text()), 12, 255), kind=0)
 
 
 def test_a_half_written_store_is_never_used(tiny, tok, tmp_path, monkeypatch):

@@ -190,9 +190,11 @@ def kinds_seen(out):
 
 
 def test_lora_learns_the_kinds_from_rows_that_start_at_nothing(command):
-    out = command("out", steps=40, kind=100, benign=0, words=0, after=0)
-    assert kinds_seen(out)[0] == pytest.approx(np.log(3))  # of harm there is one category, of the harmless two
-    assert np.mean(kinds_seen(out)[-4:]) < 0.8
+    """Beside the rows alone, for which LoRA stands still."""
+    settings = dict(steps=60, batch=12, micro_batch=12, kind=100, benign=0, words=0, after=0, flag=0.001)
+    both, alone = (kinds_seen(command(f"out{lr}", lr=lr, **settings)) for lr in (0.01, 0))
+    assert both[0] == alone[0] == pytest.approx(np.log(3))  # of harm there is one category, of the harmless two
+    assert np.mean(both[-4:]) < 0.6 * np.mean(alone[-4:]) < 0.6 * np.log(3)
 
 
 def test_without_kinds_nothing_asks_for_them(command, monkeypatch):
@@ -218,6 +220,7 @@ def test_more_categories_than_there_can_be_kinds_are_an_error(command, monkeypat
     with pytest.raises(ValueError, match="records.jsonl: 3 different pairs.*2 at most.*--kind 0"):
         command("out")
     assert (command("without", kind=0, steps=1) / "flag.json").exists()
+    assert TrainConfig(kind=-1.0).problems() == ["--kind is -1.0, wanted 0 or more"]
 
 
 def test_the_rows_for_kinds_move_at_their_own_rate(model):
