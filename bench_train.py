@@ -21,7 +21,7 @@ from parallel import Team
 from train import TrainConfig, batch_of, make_optimizer, run_order, train_step
 
 AHEAD = "nanoflag, records read ahead"  # as train.py does: what is frozen has been read before the loop
-COMPARED = TERMS[:-1]  # without L_kind, which the default job does not have
+COMPARED = TERMS[:-1]  # without L_kind: a product with one row a kind, once an answer
 LORA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

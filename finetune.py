@@ -30,9 +30,9 @@ from data.prepare import check_prompt
 from objective import Layout, by_length, make_example
 from packed import read
 
-# Where train.py's own defaults would not do: 5 epochs over 100 records, whole answers, the last step's weights.
+# Where train.py's own defaults would not do: 5 epochs over 100 records, whole answers, the last step's weights as they are.
 DEFAULTS = ("--steps 50 --batch 10 --micro-batch 10 --short-benign 0 --max-answer 128 --lr 5e-4 --average 0 "
-            "--words 1").split()
+            "--shrink 1 --words 1").split()
 TERMS = ("words",)  # as objective.py has five; --words is its weight
 
 

@@ -12,9 +12,10 @@ so all terms but the last are weighted sums of three numbers a position: KL(pi_0
     L_flag     harmful answers, where the flag should come:    -log f
     L_after    harmful answers, behind an inserted flag:       KL(pi_0 || q) - log(1 - f), pi_0 not seeing the flag
     L_words    benign, borderline; harmful up to the flag:     KL(pi_0 || q), so that only the flag says it
-    L_kind     with --kind, every answer's first position:     -log p(kind), see kind_loss
+    L_kind     every answer, its first position:               -log p(kind), see kind_loss
 
-What a harmful answer y_0 .. y_n-1 looks like, its flag inserted before y_3 (offset k = 1, positions "all"):
+What a harmful answer y_0 .. y_n-1 looks like, its flag inserted before y_3 (offset k = 1, positions "all"; by train.py's
+defaults it is inserted before y_0):
 
     read         x_last  y_0    y_1    y_2    <rf>   y_3    y_4
     should say   y_0     <rf>   <rf>   <rf>   y_3    y_4    y_5

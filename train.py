@@ -1,4 +1,4 @@
-"""Trains the red flag into a Llama: rows for the flag, LoRA, an objective of four terms or five, a calibrated threshold.
+"""Trains the red flag into a Llama: rows for the flag, LoRA, an objective of five terms, a calibrated threshold.
 
     python train.py --init llama                 # SmolLM2-135M-Instruct on data/mini, about 14 minutes on 2 CPU cores
     python train.py --init llama --weights DIR --train my.jsonl --dev my_dev.jsonl --out my_flag
@@ -67,10 +67,10 @@ class TrainConfig:
     flag: float = option(1.0, "weight of L_flag")
     after: float = option(0.05, "weight of L_after")
     words: float = option(30.0, "weight of L_words")
-    kind: float = option(0.0, "weight of L_kind: LoRA also learns to tell the records' labels and categories apart, which "
+    kind: float = option(3.0, "weight of L_kind: LoRA also learns to tell the records' labels and categories apart, which "
                               "finds more and moves the words more; 0, or --rank 0: it does not")
-    early: float = option(3.0, "the flag goes before token t of the (cut) answer, counted from the offset as 0, or "
-                               "later with chance (t + 1)^-early; 0: anywhere in it")
+    early: float = option(50.0, "the flag goes before token t of the (cut) answer, counted from the offset as 0, or "
+                                "later with chance (t + 1)^-early: so many, and it is always the first; 0: anywhere in it")
     positions: str = option("all", "flag targets: all from the offset to the insertion, or one, at the insertion")
     offset: int = option(0, "first answer position that may be asked for the flag (k): evidence seen before it; of an "
                             "answer of k tokens or fewer the last")
@@ -84,6 +84,8 @@ class TrainConfig:
     warmup: int = option(5, "steps until the peak")
     clip: float = option(1.0, "gradient norm at most")
     average: float = option(0.5, "the adapter kept is the mean over this share of the steps, the last ones; 0: the last")
+    shrink: float = option(0.9, "and LoRA is scaled by so much at the end: the words then move less, by about its square, "
+                                "and little of what is found is lost; 1: not")
     fit: bool = option(True, "start the flag's row as a probe fitted to the frozen model; --no-fit: at zero")
     # the rest
     recompute: bool = option(False, "keep what goes into each block alone, compute the rest again: less memory, slower")
@@ -116,6 +118,8 @@ class TrainConfig:
             problems.append(f"--seed is {self.seed}, wanted from 0 to 2^32 - 1")
         if not 0 <= self.average <= 1:
             problems.append(f"--average is {self.average}, wanted from 0 to 1")
+        if not 0 < self.shrink <= 1:
+            problems.append(f"--shrink is {self.shrink}, wanted above 0, at most 1")
         if not 1 <= self.hard <= 100:
             problems.append(f"--hard is {self.hard}, wanted from 1 to 100")
         if not 0 < self.fpr < 1:
@@ -274,7 +278,9 @@ def ready(team, examples, config, flag_id, often, fit):
 
 def train(team, examples, config, flag_id, out):
     """Runs the steps that are left, a log line each, a checkpoint every few. At a rate high enough to learn in so few
-    steps f swings up and down as a whole; the mean of the last steps' weights does not."""
+    steps f swings up and down as a whole; the mean of the last steps' weights does not. In the end LoRA is shrunk a
+    little: of what it does to the words all counts, of what it does to f the order (as in arXiv 2109.01903, between the
+    original weights and the trained ones)."""
     parameters, optimizer = trained(team.model), make_optimizer(team.model, config)
     adapter = team.model.flag_parameters()
     mean = {n: torch.zeros_like(p) for n, p in adapter.items() if p.requires_grad}  # of the last steps' weights
@@ -316,7 +322,7 @@ def train(team, examples, config, flag_id, out):
             save(step + 1)
     with torch.no_grad():
         for n, total in mean.items():
-            parameters[n].copy_(total)
+            parameters[n].copy_(total * config.shrink if n.endswith("lora_B") else total)
 
 
 def log_step(out, config, r):

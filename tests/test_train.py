@@ -22,7 +22,7 @@ from parallel import Team
 from train import TrainConfig, batch_of, how_often, insertion, layout_of, learning_rate, power_law, ready, run_order
 
 SMALL = {"steps": 6, "batch": 4, "micro-batch": 2, "max-answer": 12, "save-every": 2, "short": 0, "short-benign": 0,
-         "rank": 2, "lr": 0.01, "kind": 3.0, "dtype": "float32", "device": "cpu"}
+         "rank": 2, "lr": 0.01, "early": 3, "dtype": "float32", "device": "cpu"}
 
 
 def write_records(path, n=6):
@@ -209,7 +209,7 @@ def test_kinds_count_the_same_for_records_that_come_often_or_seldom(tok):
     """Of two records, one four times as often as the other: a quarter of the weight, but for L_kind."""
     records = [dict(prompt="p", response="ab", opening="", label=label) for label in ("harmful", "benign")]
     examples = [dataclasses.replace(make_example(tok, r, 12, 255), kind=i) for i, r in enumerate(records)]
-    often, config = torch.tensor([4.0, 1.0]), dataclasses.replace(TrainConfig(), kind=3.0)
+    often, config = torch.tensor([4.0, 1.0]), TrainConfig()
     for x in batch_of(torch.tensor([0, 1]), often, examples, [], config, tok.flag_id):
         assert {t for at in x.terms for t in at[:-1]} == {0, 1 / often[x.kind].item()}
         assert [at[-1] for at in x.terms] == [1] + [0] * (len(x.at) - 1)
@@ -221,6 +221,7 @@ def test_more_categories_than_there_can_be_kinds_are_an_error(command, monkeypat
         command("out")
     assert (command("without", kind=0, steps=1) / "flag.json").exists()
     assert TrainConfig(kind=-1.0).problems() == ["--kind is -1.0, wanted 0 or more"]
+    assert TrainConfig(shrink=0.0).problems() == ["--shrink is 0.0, wanted above 0, at most 1"]
 
 
 def test_the_rows_for_kinds_move_at_their_own_rate(model):
@@ -295,12 +296,31 @@ def test_what_does_not_train_is_not_changed_by_the_mean_of_the_steps(command, ti
         torch.testing.assert_close(rows, (words.sum(0) / len(words))[None], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("shrink", [1, 0.9, 0.25])
+def test_the_adapter_is_the_mean_of_the_later_steps_shrunk(command, monkeypatch, shrink):
+    """BA, LoRA's part of each layer, is what shrinks, by the factor itself; the flag's rows stay."""
+    real, seen = train.train_step, []
+
+    def step(team, *rest):
+        found = real(team, *rest)
+        seen.append({n: p.detach().clone() for n, p in team.model.flag_parameters().items()})
+        return found
+
+    monkeypatch.setattr(train, "train_step", step)
+    saved = load_file(command("out", average=0.5, shrink=shrink) / "flag.safetensors")
+    mean = {n: (seen[3][n] + seen[4][n] + seen[5][n]) / 3 for n in seen[0]}
+    for n, p in saved.items():
+        torch.testing.assert_close(p, mean[n] * (shrink if "lora_B" in n else 1))
+    assert saved.keys() == mean.keys() and any(p.abs().max() > 0 for n, p in saved.items() if "lora_B" in n)
+
+
 def test_insertions_fall_off_as_a_power_law():
     draws = (np.arange(10_000) + 0.5) / 10_000
     at = np.array([insertion(u, 20, 2.0) for u in draws])
     for t in range(20):
         assert np.mean(at >= t) == pytest.approx((t + 1) ** -2.0, abs=2e-4)
     assert at.max() == 19 and insertion(0.0, 1, 2.0) == 0 and insertion(1 - 2**-24, 5, 0.01) == 4
+    assert insertion(1 - 2**-24, 64, TrainConfig().early) == 0  # by default always before the first word
 
 
 def test_each_record_comes_once_an_epoch():
@@ -488,7 +508,7 @@ def test_the_learning_rate_falls_as_a_cosine_to_a_tenth():
 @pytest.mark.parametrize("layers", [0, 1])
 def test_the_flags_rows_and_lora_move_at_their_own_rates(command, layers):
     """AdamW's first step moves each number by the rate, whatever its gradient."""
-    start, end = (load_file(command(f"out{lr}", layers=layers, no_fit=True, steps=1, warmup=0, average=0, lr=lr,
+    start, end = (load_file(command(f"out{lr}", layers=layers, no_fit=True, steps=1, warmup=0, average=0, shrink=1, lr=lr,
                                     flag_lr=flag_lr) / "flag.safetensors") for lr, flag_lr in ((0.0, 0.0), (1e-2, 1e-4)))
     moved = {n: (end[n] - start[n]).abs() for n in start}
     assert moved["flag_unembed"].max().item() == pytest.approx(1e-4, rel=1e-2)
