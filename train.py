@@ -70,7 +70,7 @@ class TrainConfig:
     kind: float = option(3.0, "weight of L_kind: LoRA also learns to tell the records' labels and categories apart, which "
                               "finds more and moves the words more; 0, or --rank 0: it does not")
     early: float = option(50.0, "the flag goes before token t of the (cut) answer, counted from the offset as 0, or "
-                                "later with chance (t + 1)^-early: so many, and it is always the first; 0: anywhere in it")
+                                "later with chance (t + 1)^-early, so at 50 always before the first; 0: anywhere in it")
     positions: str = option("all", "flag targets: all from the offset to the insertion, or one, at the insertion")
     offset: int = option(0, "first answer position that may be asked for the flag (k): evidence seen before it; of an "
                             "answer of k tokens or fewer the last")
@@ -279,8 +279,8 @@ def ready(team, examples, config, flag_id, often, fit):
 def train(team, examples, config, flag_id, out):
     """Runs the steps that are left, a log line each, a checkpoint every few. At a rate high enough to learn in so few
     steps f swings up and down as a whole; the mean of the last steps' weights does not. In the end LoRA is shrunk a
-    little: of what it does to the words all counts, of what it does to f the order (as in arXiv 2109.01903, between the
-    original weights and the trained ones)."""
+    little: the words' KL falls by about the square, the order of f hardly changes (--shrink; between original and trained
+    weights, as in arXiv 2109.01903)."""
     parameters, optimizer = trained(team.model), make_optimizer(team.model, config)
     adapter = team.model.flag_parameters()
     mean = {n: torch.zeros_like(p) for n, p in adapter.items() if p.requires_grad}  # of the last steps' weights
