@@ -69,8 +69,9 @@ class TrainConfig:
     words: float = option(30.0, "weight of L_words")
     kind: float = option(3.0, "weight of L_kind: LoRA also learns to tell the records' labels and categories apart, which "
                               "finds more and moves the words more; 0, or --rank 0: it does not")
-    early: float = option(50.0, "the flag goes before token t of the (cut) answer, counted from the offset as 0, or "
-                                "later with chance (t + 1)^-early, so at 50 always before the first; 0: anywhere in it")
+    early: float = option(50.0, "where the flag is inserted into a harmful answer: before its token t or a later one with "
+                                "chance (t + 1)^-early, t counted from the offset; 50: always at 0, 3: seven times in "
+                                "eight, 0: anywhere up to the cut")
     positions: str = option("all", "flag targets: all from the offset to the insertion, or one, at the insertion")
     offset: int = option(0, "first answer position that may be asked for the flag (k): evidence seen before it; of an "
                             "answer of k tokens or fewer the last")
@@ -84,8 +85,8 @@ class TrainConfig:
     warmup: int = option(5, "steps until the peak")
     clip: float = option(1.0, "gradient norm at most")
     average: float = option(0.5, "the adapter kept is the mean over this share of the steps, the last ones; 0: the last")
-    shrink: float = option(0.9, "and LoRA is scaled by so much at the end: the words then move less, by about its square, "
-                                "and little of what is found is lost; 1: not")
+    shrink: float = option(0.9, "what LoRA adds to each layer is multiplied by this in the end, before the threshold is "
+                                "chosen: the words' KL falls by about its square, little of what is found is lost; 1: not")
     fit: bool = option(True, "start the flag's row as a probe fitted to the frozen model; --no-fit: at zero")
     # the rest
     recompute: bool = option(False, "keep what goes into each block alone, compute the rest again: less memory, slower")
