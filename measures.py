@@ -107,6 +107,28 @@ def tpr_at(positive, negative, fpr):
     return None if threshold is None else share([x > threshold for x in positive])
 
 
+def catch_difference(positive, negative, others_positive, others_negative, fpr, confidence=0.95, n_draws=2000, seed=0):
+    """(difference, low, high): by how much more of the positives one detector has above its threshold for `fpr` of the
+    negatives than another has above its own. The interval is the bootstrap over prompts, both detectors on the same
+    draws, and the thresholds chosen anew in each draw. None where a side is empty."""
+    if not len(positive) or not len(negative):
+        return None
+    rng, n, m = np.random.default_rng(seed), len(positive), len(negative)
+    draws = [np.arange(n)[None], np.arange(m)[None]], [rng.integers(size, size=(n_draws, size)) for size in (n, m)]
+
+    def caught(positive, negative, picked):
+        """(n_draws,) shares of the drawn positives above the threshold of the drawn negatives (`threshold_at`)."""
+        allowed = math.floor(round(fpr * m, 9))
+        drawn = np.sort(np.asarray(negative, float)[picked[1]], axis=1)                             # (n_draws, m)
+        thresholds = drawn[:, m - 1 - allowed, None] if allowed < m else -np.inf                    # (n_draws, 1)
+        return (np.asarray(positive, float)[picked[0]] > thresholds).mean(1)
+
+    assert (len(others_positive), len(others_negative)) == (n, m)
+    whole, drawn = (caught(positive, negative, d) - caught(others_positive, others_negative, d) for d in draws)
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, 1 - (1 - confidence) / 2])
+    return float(whole[0]), float(low), float(high)
+
+
 def sustained(flag_prob, debounce):
     """At each position the lowest f of the last `debounce` up to it, at an answer's beginning of as many as there are: its
     highest is an answer's score. So the flag counts where f stays up, or at the first position, where it sums up the

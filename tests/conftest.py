@@ -1,5 +1,8 @@
 """Tiny random checkpoints, made by transformers and tokenizers, so that every test has a reference beside it."""
+import contextlib
+import fcntl
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -9,6 +12,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several workers (pytest -n auto), a core each
+    torch.set_num_threads(1)
 
 CHATML_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SYSTEM = "You are tiny"
@@ -83,10 +88,22 @@ def tok(tiny):
 
 
 @pytest.fixture(scope="session")
-def real():
+def alone(tmp_path_factory):
+    """A context that one worker at a time is in: what is fetched once is not fetched by two at once."""
+    @contextlib.contextmanager
+    def lock():
+        with open(tmp_path_factory.getbasetemp().parent / "lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+            yield
+    return lock
+
+
+@pytest.fixture(scope="session")
+def real(alone):
     """Folder of the real default model, fetched if it is not there; for tests marked `real`."""
     from data.smollm2 import ensure
-    return ensure()
+    with alone():
+        return ensure()
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, mannwhitneyu
 
 from answer import flag_place
-from measures import (ONSET_BINS, auroc, auroc_difference, auroc_interval, binomial_tail, clopper_pearson,
-                      conformal_threshold, first_above, mean_and_spread, onset_bin, runs, share, sustained,
-                      threshold_at, tpr_at)
+from measures import (ONSET_BINS, auroc, auroc_difference, auroc_interval, binomial_tail, catch_difference,
+                      clopper_pearson, conformal_threshold, first_above, mean_and_spread, onset_bin, runs, share,
+                      sustained, threshold_at, tpr_at)
 
 scores = st.lists(st.integers(0, 8).map(lambda x: x / 8), min_size=1, max_size=40)  # few values, so many ties
 
@@ -66,6 +66,24 @@ def test_the_difference_of_two_detectors_on_the_same_answers():
         (x, y), (u, v) = ((n, 0.5 ** 0.5 * (n + m)) for n, m in noise)
         _, low, high = auroc_difference(x + 1.2, u, y + 0.8, v, n_draws=400, seed=i)
         hits += low <= truth <= high
+    assert binomtest(hits, 200, 0.95).pvalue > 1e-3
+
+
+def test_how_much_more_is_caught_at_equal_false_positives():
+    """Thresholds by hand: one of four negatives may cross, so 2 and then 30; 3 and 9 are caught, then 90 alone."""
+    more, *_ = catch_difference([1.0, 3.0, 9.0], [0.0, 1.0, 2.0, 5.0], [90.0, 10.0, 20.0], [30.0, 0.0, 40.0, 1.0], 0.25)
+    assert more == pytest.approx(2 / 3 - 1 / 3)
+    x, y = [3.0, 1.0, 2.0], [0.0, 2.5]
+    assert catch_difference(x, y, x, y, 0.5) == (0, 0, 0) and catch_difference([], y, [], y, 0.5) is None
+    assert catch_difference([1.0], [0.0], [0.0], [1.0], 0.01) == (1, 1, 1)
+    assert catch_difference([1.0], [0.0], [0.0], [1.0], 1.0) == (0, 0, 0)  # all may cross
+    rng, hits = np.random.default_rng(2), 0
+    above = lambda shift: 0.5 * math.erfc((1.2815515655446 - shift) / math.sqrt(2))  # a tenth of a normal's lies there
+    for i in range(200):
+        noise = [(rng.normal(size=n), rng.normal(size=n)) for n in (150, 400)]
+        (p, q), (u, v) = ((n, 0.5 ** 0.5 * (n + m)) for n, m in noise)
+        _, low, high = catch_difference(p + 1.6, u, q + 0.8, v, 0.1, n_draws=300, seed=i)
+        hits += low <= above(1.6) - above(0.8) <= high
     assert binomtest(hits, 200, 0.95).pvalue > 1e-3
 
 

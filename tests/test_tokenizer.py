@@ -74,20 +74,25 @@ def real_tok(real):
 
 
 @pytest.fixture(scope="session")
-def real_llama3():
+def real_llama3(alone):
     """Llama 3's own tokenizer.model, from the PyPI package llama-models; fetched once, 7 MB."""
     folder = ROOT / "data" / "weights" / "llama-models-0.3.0"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as tmp:
-            subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-                            "--disable-pip-version-check", "--dest", tmp, "llama-models==0.3.0"], check=True)
-            made = Path(tmp) / "made"
-            made.mkdir()
-            with zipfile.ZipFile(next(Path(tmp).glob("*.whl"))) as z:
-                (made / "tokenizer.model").write_bytes(z.read("llama_models/llama3/tokenizer.model"))
-            os.rename(made, folder)
+    with alone():
+        if not folder.exists():
+            fetch_llama3(folder)
     return folder / "tokenizer.model"
+
+
+def fetch_llama3(folder):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as tmp:
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
+                        "--disable-pip-version-check", "--dest", tmp, "llama-models==0.3.0"], check=True)
+        made = Path(tmp) / "made"
+        made.mkdir()
+        with zipfile.ZipFile(next(Path(tmp).glob("*.whl"))) as z:
+            (made / "tokenizer.model").write_bytes(z.read("llama_models/llama3/tokenizer.model"))
+        os.rename(made, folder)
 
 
 # --------------------------------------------------------------------------------------------- the texts

@@ -17,7 +17,7 @@ import train
 from calibrate import evaluate, flag_probs, print_table, score
 from cli import parse
 from frozen import read_ahead, start_flag_rows
-from objective import Example, make_example
+from objective import TERMS, Example, make_example
 from parallel import Team
 from train import TrainConfig, batch_of, how_often, insertion, layout_of, learning_rate, power_law, ready, run_order
 
@@ -80,6 +80,20 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(command, monkeypatch, tmp_pa
     assert [r["step"] for r in logs[1]] == [1, 2, 3, 4, 5, 6]
     assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
     assert not (cut / "checkpoint.pt").exists()
+
+
+def test_each_step_is_a_line_on_stderr_and_in_the_log(command, capsys):
+    out = command("out")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step")]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert len(lines) == len(log) == 6
+    for n, (line, r) in enumerate(zip(lines, log), 1):
+        assert line.startswith(f"step    {n}/6 | loss {r['loss']:.4f} ") and f" {r['tokens_per_s']:.0f} tok/s | " in line
+        assert line.endswith(f" {r['left_s'] / 60:.1f} min left") and r["tokens_per_s"] > 0
+        assert all(f" {t} {r[t]:.4f}" in line if r[t] is not None else f" {t} -" in line for t in TERMS)
+    assert log[0]["left_s"] > log[-1]["left_s"] == 0
+    figures = json.loads((out / "flag.json").read_text())["figures"]
+    assert figures["minutes"] > 0 and figures["peak_memory_mb"] > 50
 
 
 def test_an_unfinished_run_of_other_settings_is_not_overwritten(command, monkeypatch):
@@ -248,15 +262,17 @@ def test_it_overfits_a_few_answers_and_leaves_the_words(command, model, tok, aft
     assert evaluate(model, examples, 0.2)["benign_kl"] < 0.1
 
 
-@pytest.mark.parametrize("early, short, fit_tok", [(0.0, 0.0, 64), (2.0, 0.0, 64), (2.0, 0.5, 64), (0.0, 0.5, 3)])
-def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_path, monkeypatch, early, short, fit_tok):
+@pytest.mark.parametrize("early, short, fit_tok, n_flags", [
+    (0.0, 0.0, 64, 1), (2.0, 0.0, 64, 1), (2.0, 0.5, 64, 1), (0.0, 0.5, 3, 1), (2.0, 0.5, 64, 3)])
+def test_the_flag_rows_start_lowers_the_weighted_cross_entropy(model, tok, tmp_path, monkeypatch, early, short, fit_tok,
+                                                               n_flags):
     monkeypatch.setattr("frozen.FIT_TOK", fit_tok)
     path = write_records(tmp_path / "r.jsonl", 20)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     swap = {"harmful": "benign", "benign": "harmful"}  # a few stand there with the other label too: no fit gets to 0
     records += [r | {"label": swap[r["label"]]} for r in records[:14]]
     examples = [make_example(tok, r, 12, 255) for r in records]
-    model.add_flag(rank=2, layers=1)
+    model.add_flag(n_flags, rank=2, layers=1)
     config = dataclasses.replace(TrainConfig(), benign=2.0, flag=0.5, early=early, short=short,
                                  short_benign=short / 2, offset=1)
     team = Team("cpu").take(model)
