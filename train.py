@@ -1,6 +1,6 @@
 """Trains the red flag into a Llama: rows for the flag, LoRA, an objective of five terms, a calibrated threshold.
 
-    python train.py --init llama                 # SmolLM2-135M-Instruct on data/mini, about 14 minutes on 2 CPU cores
+    python train.py --init llama                 # SmolLM2-135M-Instruct on data/mini, half an hour on 2 slow CPU cores
     python train.py --init llama --weights DIR --train my.jsonl --dev my_dev.jsonl --out my_flag
     python train.py --finetune my.jsonl --out tuned     # no flag: plain fine-tuning in the same loop, see finetune.py
 

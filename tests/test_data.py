@@ -405,3 +405,52 @@ def test_the_default_model_knows_the_capital_of_france(real):
     model, tok = Llama.from_pretrained(real), Tokenizer.from_pretrained(real)
     answer, = generate(model, tok, [question], mode="off", max_new_tokens=24)
     assert (answer.text, answer.stop_reason) == ("The capital of France is Paris.", "eos")
+
+
+def write_gguf(reference, vocabulary, path):
+    """A GGUF file of a tiny transformers Llama: q and k in GGUF's row order, the embedding in Q8_0, the rest in F32."""
+    import gguf
+    out, c, q8 = gguf.GGUFWriter(path, "llama"), reference.config, gguf.GGMLQuantizationType.Q8_0
+    for add, value in (
+            (out.add_vocab_size, c.vocab_size), (out.add_embedding_length, c.hidden_size),
+            (out.add_feed_forward_length, c.intermediate_size), (out.add_block_count, c.num_hidden_layers),
+            (out.add_head_count, c.num_attention_heads), (out.add_head_count_kv, c.num_key_value_heads),
+            (out.add_context_length, c.max_position_embeddings), (out.add_layer_norm_rms_eps, c.rms_norm_eps),
+            (out.add_rope_freq_base, c.rope_parameters["rope_theta"]), (out.add_tokenizer_model, "gpt2"),
+            (out.add_tokenizer_pre, "smollm"), (out.add_token_list, list(vocabulary["vocab"])),
+            (out.add_token_types, [3] * 3 + [1] * (c.vocab_size - 3)), (out.add_token_merges, vocabulary["merges"]),
+            (out.add_bos_token_id, 1), (out.add_eos_token_id, 2), (out.add_pad_token_id, 2),
+            (out.add_chat_template, "{{ messages }}")):
+        add(value)
+    names = {"embed_tokens": "token_embd", "norm": "output_norm"} | {
+        f"layers.{i}.{ours}": f"blk.{i}.{theirs}" for i in (0, 1) for theirs, ours in smollm2.BLOCK_NAMES.items()}
+    for name, w in reference.model.state_dict().items():
+        w, there = w.numpy(), names[name.removesuffix(".weight")]
+        heads = {"attn_q": c.num_attention_heads, "attn_k": c.num_key_value_heads}.get(there.split(".")[-1])
+        if heads:  # llama.cpp, convert_hf_to_gguf.py, LlamaModel.permute
+            w = w.reshape(heads, 2, len(w) // heads // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+        small = there == "token_embd"
+        out.add_tensor(f"{there}.weight", gguf.quants.quantize(w, q8) if small else w, raw_dtype=q8 if small else None)
+    out.write_header_to_file(), out.write_kv_data_to_file(), out.write_tensors_to_file(), out.close()
+
+
+def test_a_small_gguf_file_becomes_the_model_that_transformers_reads_in_it(tmp_path):
+    from transformers import LlamaForCausalLM
+
+    from conftest import write_checkpoint, write_tokenizer
+    from model import Llama
+    from tokenizer import Tokenizer
+    reference = write_checkpoint(tmp_path, vocab_size=265, tie_word_embeddings=True)
+    write_tokenizer(tmp_path)
+    vocabulary = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    write_gguf(reference, vocabulary, tmp_path / "tiny.gguf")
+    made = tmp_path / "made"
+    made.mkdir()
+    smollm2.convert(tmp_path / "tiny.gguf", made)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    ours, ids = Llama.from_pretrained(made, torch.float32, "cpu"), torch.arange(18).view(2, 9) * 14
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(p.bfloat16())  # as the folder has it
+        torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    assert Tokenizer.from_pretrained(made).encode("hello the 12") == Tokenizer.from_pretrained(tmp_path).encode("hello the 12")
