@@ -79,7 +79,7 @@ def hf_logits(model, ids):
     ("Llama", {"n_flags": 2}),
     ("Llama", {"tokenizer": llama3, "vocab_size": 277, "rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     ("Qwen2", {"tie_word_embeddings": True, "n_flags": 2}),
-    ("Mistral", {"sliding_window": None, "rank": 0})], ids=str)
+    ("Mistral", {"sliding_window": None, "rank": 0})], ids=lambda x: x if isinstance(x, str) else " ".join(x))
 def test_transformers_and_our_own_model_read_it_and_give_equal_logits(tmp_path, kind, settings):
     original, adapter, model = make(tmp_path, kind, **settings)
     n, out = model.config.vocab_size + model.n_flags, tmp_path / "exported"
