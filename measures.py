@@ -114,19 +114,19 @@ def catch_difference(positive, negative, others_positive, others_negative, fpr, 
     if not len(positive) or not len(negative):
         return None
     rng, n, m = np.random.default_rng(seed), len(positive), len(negative)
-    draws = [np.arange(n)[None], np.arange(m)[None]], [rng.integers(size, size=(n_draws, size)) for size in (n, m)]
-
-    def caught(positive, negative, picked):
-        """(n_draws,) shares of the drawn positives above the threshold of the drawn negatives (`threshold_at`)."""
-        allowed = math.floor(round(fpr * m, 9))
-        drawn = np.sort(np.asarray(negative, float)[picked[1]], axis=1)                             # (n_draws, m)
-        thresholds = drawn[:, m - 1 - allowed, None] if allowed < m else -np.inf                    # (n_draws, 1)
-        return (np.asarray(positive, float)[picked[0]] > thresholds).mean(1)
-
     assert (len(others_positive), len(others_negative)) == (n, m)
-    whole, drawn = (caught(positive, negative, d) - caught(others_positive, others_negative, d) for d in draws)
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, 1 - (1 - confidence) / 2])
-    return float(whole[0]), float(low), float(high)
+    allowed = math.floor(round(fpr * m, 9))  # as in threshold_at, of which this is many draws at once
+    positives, negatives = (rng.integers(size, size=(n_draws, size)) for size in (n, m))
+
+    def caught(positive, negative):
+        drawn = np.sort(np.asarray(negative, float)[negatives], axis=1)                             # (n_draws, m)
+        thresholds = drawn[:, m - 1 - allowed, None] if allowed < m else -np.inf                    # (n_draws, 1)
+        return (np.asarray(positive, float)[positives] > thresholds).mean(1)                        # (n_draws,)
+
+    more = caught(positive, negative) - caught(others_positive, others_negative)
+    low, high = np.quantile(more, [(1 - confidence) / 2, 1 - (1 - confidence) / 2])
+    whole, others = (tpr_at(*x, fpr)["share"] for x in ((positive, negative), (others_positive, others_negative)))
+    return whole - others, float(low), float(high)
 
 
 def sustained(flag_prob, debounce):
