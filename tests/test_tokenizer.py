@@ -251,6 +251,22 @@ def test_llama3s_own_file_gives_the_ids_of_the_reference_code(real_llama3):
         assert tok.decode(ids) == text
 
 
+@pytest.mark.real
+def test_llama3s_tokenizer_json_gives_the_ids_of_tokenizers_and_of_its_tokenizer_model(real_llama3, tmp_path):
+    """The tokenizer.json that transformers makes of Llama 3's file, as it was made for Llama 3's folders on the hub."""
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    known = Tokenizer.from_pretrained(real_llama3)
+    special = sorted(known.special, key=known.special.get)
+    made = TikTokenConverter(str(real_llama3), LLAMA3_PATTERN, extra_special_tokens=special).converted()
+    made.save(str(tmp_path / "tokenizer.json"))
+    tok = Tokenizer.from_pretrained(tmp_path)
+    assert tok.special == known.special and tok.flag_id == known.flag_id == 128256
+    texts = texts_for(4000, seed=2)
+    assert_equal_ids(tok, reference_of(tmp_path), texts)
+    assert all(tok.encode(text) == known.encode(text) for text in texts)
+    assert tok.render("Hi") == known.render("Hi")
+
+
 # ---------------------------------------------------------------------------- what is not supported says so
 
 UNSUPPORTED = {

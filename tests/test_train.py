@@ -238,6 +238,18 @@ def test_more_categories_than_there_can_be_kinds_are_an_error(command, monkeypat
     assert TrainConfig(shrink=0.0).problems() == ["--shrink is 0.0, wanted above 0, at most 1"]
 
 
+def test_settings_that_contradict_each_other_and_missing_files_are_one_error(tmp_path, script):
+    code, _, err = script("train.py", "--rank", 0, "--layers", 8, "--lr", 0.1, "--train", tmp_path / "a.jsonl", "--dev",
+                          tmp_path, "--weights", tmp_path / "b", "--adapter", tmp_path)
+    assert code == 2 and err.count("\n") == 1
+    for wanted in ("--layers is 8, but it is about LoRA, of which --rank 0 has none", "--lr is 0.1, but",
+                   f"--train is {tmp_path}/a.jsonl: no such file", f"--dev is {tmp_path}: no such file",
+                   f"--weights is {tmp_path}/b: no such folder", "--adapter is for --finetune alone"):
+        assert wanted in err
+    assert TrainConfig(rank=0, shrink=1.0).problems() == []  # 1: nothing is shrunk, so no contradiction
+    assert TrainConfig(finetune=__file__, train="nowhere").problems() == []  # which records it trains on then is --finetune
+
+
 def test_the_rows_for_kinds_move_at_their_own_rate(model):
     model.add_flag(rank=2, n_kinds=3)
     optimizer = train.make_optimizer(model, TrainConfig())
@@ -247,7 +259,7 @@ def test_the_rows_for_kinds_move_at_their_own_rate(model):
 
 
 def test_rank_0_trains_the_unembedding_row_alone(command):
-    tensors = load_file(command("probe", rank=0) / "flag.safetensors")
+    tensors = load_file(command("probe", rank=0, lr=TrainConfig.lr) / "flag.safetensors")
     assert set(tensors) == {"flag_embed", "flag_unembed"} and tensors["flag_unembed"].abs().sum() > 0
 
 
