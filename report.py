@@ -195,8 +195,9 @@ def attacks_trade_off(results):
         if limits and all(of.values()):
             rows.append([attack, *(", ".join(f"{np.mean([s > t for s in x]):.1%}" for x in of.values())
                                    for t in limits.values()), area([tuple(of.values())])])
-    return "" if not rows else "\n\nHarmful and benign requests flagged under the same attack (untouched answers uncut):\n\n" + table(
-        ["attack", *(f"at {fpr:.0%} of the untouched benign answers" for fpr in limits), "AUROC"], rows)
+    title = "\n\nHarmful and benign requests flagged under the same attack (untouched answers uncut):\n\n"
+    header = ["attack", *(f"at {fpr:.0%} of the untouched benign answers" for fpr in limits), "AUROC"]
+    return title + table(header, rows) if rows else ""
 
 
 def difference(harmful, benign, name):
