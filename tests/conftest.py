@@ -99,11 +99,10 @@ def alone(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def real(alone):
+def real():
     """Folder of the real default model, fetched if it is not there; for tests marked `real`."""
     from data.smollm2 import ensure
-    with alone():
-        return ensure()
+    return ensure()
 
 
 @pytest.fixture(scope="session")
