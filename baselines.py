@@ -1,8 +1,8 @@
 """What the flag is compared with: an external classifier, and the original model's refusals.
 
-A probe on the last hidden state is `train.py --rank 0`, a flag at a fixed first position `train.py --positions one
---early 50`: both are adapters, and eval.py reads any adapter on the same answers (--compare). A flag read at the first
-position alone is in every result (`first`).
+A probe on the last hidden state is `train.py --rank 0`, a flag at a fixed first position, by the paper's losses alone,
+`train.py --kind 0`: both are adapters, and eval.py reads any adapter on the same answers (--compare). A flag read at the
+first position alone is in every result (`first`).
 """
 import torch
 import torch.nn.functional as F
